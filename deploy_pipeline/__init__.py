@@ -1,0 +1,1 @@
+"""From a zipped workspace to a running application."""

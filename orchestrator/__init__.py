@@ -1,0 +1,1 @@
+"""The control plane: sessions, terminals, keys and deployments behind a REST API."""

@@ -1,0 +1,122 @@
+"""Everything a caller can be told, as domain errors that know nothing of the web.
+
+OrchestratorError
+  InvalidRequest            400 invalid-request
+  Unauthenticated           401 unauthenticated
+  InsufficientScope         403 insufficient-scope
+  NotFound                  404 not-found
+    SessionNotFound             session-not-found
+    AppNotFound                 app-not-found
+    DeploymentNotFound          deployment-not-found
+    KeyNotFound                 key-not-found
+  PayloadTooLarge           413 payload-too-large
+  UnsupportedMediaType      415 unsupported-media-type
+  Conflict                  409 conflict
+    SessionEnded                session-ended
+    TerminalExited              terminal-exited
+    TerminalRunning             terminal-running
+    IdempotencyKeyReused        idempotency-key-reused
+  RateLimited               429 rate-limited
+  Unavailable               503 unavailable
+    StoreUnavailable            store-unavailable
+    RuntimeUnavailable          runtime-unavailable
+    TerminalUnavailable         terminal-unavailable
+"""
+
+from typing import ClassVar
+
+
+class OrchestratorError(Exception):
+    """Anything a caller can be told. `facts` become members of the problem document (RFC 9457)."""
+
+    status: ClassVar[int]
+    code: ClassVar[str]
+    title: ClassVar[str]
+
+    def __init__(self, detail: str, **facts: str | int) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.facts = facts
+
+
+class InvalidRequest(OrchestratorError):
+    status, code, title = 400, "invalid-request", "The request is not valid"
+
+
+class Unauthenticated(OrchestratorError):
+    status, code, title = 401, "unauthenticated", "No valid API key"
+
+
+class InsufficientScope(OrchestratorError):
+    status, code, title = 403, "insufficient-scope", "The API key lacks a scope"
+
+
+class NotFound(OrchestratorError):
+    status, code, title = 404, "not-found", "No such thing"
+
+
+class SessionNotFound(NotFound):
+    code, title = "session-not-found", "No such code session"
+
+
+class AppNotFound(NotFound):
+    code, title = "app-not-found", "No such application"
+
+
+class DeploymentNotFound(NotFound):
+    code, title = "deployment-not-found", "No such deployment"
+
+
+class KeyNotFound(NotFound):
+    code, title = "key-not-found", "No such API key"
+
+
+class PayloadTooLarge(OrchestratorError):
+    status, code, title = 413, "payload-too-large", "The request body is too large"
+
+
+class UnsupportedMediaType(OrchestratorError):
+    status, code, title = 415, "unsupported-media-type", "The request body is not JSON"
+
+
+class Conflict(OrchestratorError):
+    status, code, title = 409, "conflict", "The state does not allow it"
+
+
+class SessionEnded(Conflict):
+    code, title = "session-ended", "The code session has ended"
+
+
+class TerminalExited(Conflict):
+    code, title = "terminal-exited", "The terminal's shell has exited"
+
+
+class TerminalRunning(Conflict):
+    code, title = "terminal-running", "The terminal's shell is running"
+
+
+class IdempotencyKeyReused(Conflict):
+    code, title = "idempotency-key-reused", "The Idempotency-Key was used with another body"
+
+
+class RateLimited(OrchestratorError):
+    status, code, title = 429, "rate-limited", "Too many requests"
+
+
+class Unavailable(OrchestratorError):
+    """Something this answer needs is out of reach right now; `retry_after_s` says when to try again."""
+
+    status, code, title = 503, "unavailable", "Temporarily unavailable"
+    retry_after_s: ClassVar[int] = 2
+
+
+class StoreUnavailable(Unavailable):
+    code, title = "store-unavailable", "The store cannot be reached"
+
+
+class RuntimeUnavailable(Unavailable):
+    code, title = "runtime-unavailable", "The workspace runtime cannot be reached"
+
+
+class TerminalUnavailable(Unavailable):
+    code, title = "terminal-unavailable", "The workspace's terminal cannot be reached"

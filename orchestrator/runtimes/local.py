@@ -14,7 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
@@ -71,7 +71,7 @@ class LocalRuntime(WorkspaceRuntime):
         try:
             folder.mkdir(parents=True, mode=0o700)
             with (folder / "sidecar.log").open("wb") as log:
-                process = subprocess.Popen(  # noqa: S603 - our own program
+                process = subprocess.Popen(
                     [sys.executable, "-I", "-m", "sidecar"],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -113,6 +113,8 @@ class LocalRuntime(WorkspaceRuntime):
             _wait_gone(left, 0.5)
             if time.monotonic() > deadline:
                 break  # in uninterruptible sleep (a dead network file system): their folder goes all the same
+        if sidecar is not None:
+            _reap(sidecar.pid)
         while folder.exists() and time.monotonic() < deadline + _KILL_S:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -141,10 +143,13 @@ class LocalRuntime(WorkspaceRuntime):
             same = abs(process.create_time() - float(owner["startedAt"])) < _STARTED_TOLERANCE_S
         except (KeyError, ValueError, psutil.Error):
             return None
-        return process if same and _alive(process) else None
+        if same and _alive(process):
+            return process
+        _reap(process.pid)
+        return None
 
 
-def _owner(folder: Path) -> dict[str, object]:
+def _owner(folder: Path) -> dict[str, Any]:
     try:
         owner = json.loads((folder / "owner.json").read_text())
     except (OSError, ValueError):
@@ -181,10 +186,12 @@ def _marked(workspace_id: str) -> list[psutil.Process]:
 def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while any(_alive(process) for process in processes) and time.monotonic() < deadline:
-        for process in processes:
-            with suppress(ChildProcessError):
-                os.waitpid(process.pid, os.WNOHANG)  # ours, when this control plane started it
         time.sleep(0.01)
+
+
+def _reap(pid: int) -> None:
+    with suppress(ChildProcessError):  # it is our child only when this control plane started it
+        os.waitpid(pid, os.WNOHANG)
 
 
 def _last_line(log: Path) -> str:

@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     workspace_pids: Annotated[int, Field(ge=16)] = 512
     link_dir: Path | None = None  # where the sidecars' socket is; default: below the data folder
     link_mount: str = ""  # what Docker mounts as that folder: a volume's name when `serve` runs in a container
-    gateway_container: str = ""  # compose: the gateway's container, which the worker joins to each application's network
+    gateway_container: str = ""  # compose: the container that the worker joins to each application's network
 
     @model_validator(mode="after")
     def _local_is_loopback_only(self) -> Self:
@@ -69,8 +69,8 @@ class Settings(BaseSettings):
             for name, host in (("HOST", self.host), ("GATEWAY_HOST", self.gateway_host)):
                 if not _is_loopback(host):
                     msg = (
-                        f"CODE_SESSIONS_{name}={host} is not a loopback address. Local workspaces are not isolated: whoever "
-                        "reaches the API can run commands as you. Use 127.0.0.1, or CODE_SESSIONS_RUNTIME=docker."
+                        f"CODE_SESSIONS_{name}={host} is not a loopback address. Local workspaces are not isolated: "
+                        "whoever reaches the API can run commands as you. Use 127.0.0.1, or CODE_SESSIONS_RUNTIME=docker."
                     )
                     raise ValueError(msg)
         return self
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def run_dir(self) -> Path:
-        """Short enough for Unix sockets: below the data folder, or in the temporary folder when that path is too long."""
+        """Short enough for Unix sockets: below the data folder, else in the temporary folder."""
         inside = self.data_dir / "run"
         if len(os.fsencode(inside / _LONGEST_SOCKET_NAME)) <= _SOCKET_PATH_MAX_BYTES:
             return inside

@@ -22,9 +22,14 @@ OrchestratorError
     StoreUnavailable            store-unavailable
     RuntimeUnavailable          runtime-unavailable
     TerminalUnavailable         terminal-unavailable
+    NotReady                    not-ready
 """
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
+
+Fact = str | int | bool | Sequence[Mapping[str, str | int | bool]]
+"""What JSON can say of an error beyond its detail: a value, or a list of named values."""
 
 
 class OrchestratorError(Exception):
@@ -34,7 +39,7 @@ class OrchestratorError(Exception):
     code: ClassVar[str]
     title: ClassVar[str]
 
-    def __init__(self, detail: str, **facts: str | int) -> None:
+    def __init__(self, detail: str, **facts: Fact) -> None:
         super().__init__(detail)
         self.detail = detail
         self.facts = facts
@@ -125,3 +130,7 @@ class RuntimeUnavailable(Unavailable):
 
 class TerminalUnavailable(Unavailable):
     code, title = "terminal-unavailable", "The workspace's terminal cannot be reached"
+
+
+class NotReady(Unavailable):
+    code, title = "not-ready", "Not ready to serve"

@@ -16,15 +16,15 @@ class PipelineError(Exception):
     """Anything this package raises on purpose."""
 
 
-class LostClaim(PipelineError):  # noqa: N818 - named for what happened
+class LostClaim(PipelineError):
     """The claim's lease ran out and somebody else has the job, or it was ended: stop, and write nothing more."""
 
 
-class ForbiddenChange(PipelineError):  # noqa: N818 - named for what happened
+class ForbiddenChange(PipelineError):
     """The deployment's state does not allow this change."""
 
 
-class DeployFailed(PipelineError):  # noqa: N818 - named for what happened
+class DeployFailed(PipelineError):
     """The deployment fails for this reason."""
 
 
@@ -44,5 +44,5 @@ class StartFailed(DeployFailed):
     """The application does not answer; its output is in the release's log."""
 
 
-class EngineUnavailable(PipelineError):  # noqa: N818 - named for what happened
+class EngineUnavailable(PipelineError):
     """The container engine cannot be reached."""

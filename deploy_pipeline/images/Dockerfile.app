@@ -18,6 +18,8 @@ ENV LANG=C.UTF-8 \
     npm_config_fund=false \
     npm_config_update_notifier=false
 
+COPY Caddyfile /etc/code-sessions/Caddyfile
+
 RUN useradd --uid 10001 --user-group --create-home --home-dir /app --shell /usr/sbin/nologin app
 USER app
 WORKDIR /app

@@ -136,13 +136,14 @@ class DeploymentQueue:
 
     async def get(self, organization_id: str, deployment_id: str) -> Deployment | None:
         """None for an unknown one and for another organization's."""
+        found = await self.find(deployment_id)
+        return found if found is not None and found.organization_id == organization_id else None
+
+    async def find(self, deployment_id: str) -> Deployment | None:
+        """For workers, which act for every organization. Never to answer a caller with."""
         app_id = app_id_of_deployment(deployment_id)
-        if app_id is None:
-            return None
-        fields = await self._hash(f"{_app_key(app_id)}:{deployment_id}")
-        if fields.get("organization_id") != organization_id:
-            return None
-        return Deployment.from_hash(fields)
+        fields = await self._hash(f"{_app_key(app_id)}:{deployment_id}") if app_id else {}
+        return Deployment.from_hash(fields) if fields else None
 
     async def get_app(self, organization_id: str, app_id: str) -> App | None:
         """None for an unknown one and for another organization's."""

@@ -110,9 +110,8 @@ class DockerRuntime(Runtime):
     async def settle(self, release: Release) -> None:
         def settle() -> None:
             # Only now: while it starts, a crash has to be seen and not repeated.
-            self._engine.containers.get(_container_name(release.deployment_id)).update(
-                restart_policy={"Name": "unless-stopped"}
-            )
+            policy: Any = {"Name": "unless-stopped"}
+            self._engine.containers.get(_container_name(release.deployment_id)).update(restart_policy=policy)
 
         await self._call(settle)
         # The files are in the image; what stays is the release's record and build log.
@@ -182,8 +181,8 @@ class DockerRuntime(Runtime):
         """Same files, same kind, same base image: same tag."""
         base = ""
         if release.plan.kind is not Kind.DOCKERFILE:
-            base = self._engine.images.get(self._app_image).id.removeprefix("sha256:")[:12]
-        return f"{_repository(release.app_id)}:{release.archive_sha256[:32]}-{release.plan.kind}{base and '-'}{base}"
+            base = "-" + str(self._engine.images.get(self._app_image).id).removeprefix("sha256:")[:12]
+        return _tag_without_base(release) + base
 
     def _has_image(self, tag: str) -> bool:
         try:
@@ -284,10 +283,10 @@ class DockerRuntime(Runtime):
             container.remove(v=True, force=True)
 
     def _remove_images(self, app_id: str, kept: list[Release]) -> None:
-        wanted = {self._tag_of(release) for release in kept}
+        wanted = tuple(_tag_without_base(release) for release in kept)  # also when the base image changed since
         for image in self._engine.images.list(name=_repository(app_id)):
             for tag in image.tags:
-                if tag.startswith(f"{_repository(app_id)}:") and tag not in wanted:
+                if tag.startswith(f"{_repository(app_id)}:") and not tag.startswith(wanted):
                     with contextlib.suppress(NotFound):
                         self._engine.images.remove(tag)
 
@@ -309,6 +308,10 @@ def _network_name(app_id: str) -> str:
 
 def _repository(app_id: str) -> str:
     return "code-sessions-apps/" + app_id.replace("_", "-")
+
+
+def _tag_without_base(release: Release) -> str:
+    return f"{_repository(release.app_id)}:{release.archive_sha256[:32]}-{release.plan.kind}"
 
 
 def _own_container() -> str:

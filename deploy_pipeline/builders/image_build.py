@@ -14,8 +14,9 @@ from docker.errors import APIError, DockerException
 
 def build(order: dict[str, Any]) -> int:
     """`order`: path, dockerfile, tag, labels, memory_bytes. 0 when the image was made."""
-    limits = {"memory": order["memory_bytes"], "memswap": order["memory_bytes"]}
-    client = docker.APIClient(version="auto", timeout=None)
+    limits: Any = {"memory": order["memory_bytes"], "memswap": order["memory_bytes"]}
+    endless: Any = None  # the caller ends this process when it takes too long
+    client = docker.APIClient(version="auto", timeout=endless)
     lines = client.build(
         path=order["path"],
         dockerfile=order["dockerfile"],

@@ -98,11 +98,9 @@ def _host_config(plan: ContainerPlan, spec: WorkspaceSpec, network: str) -> dict
         # When the host runs out of memory, workspaces go before the control plane and the store; inside a workspace the
         # sidecar marks the user's processes to go before itself.
         "OomScoreAdj": 500,
-        # No `nproc`: the kernel counts it for each uid of the host, over all workspaces together. PidsLimit does it.
-        "Ulimits": [
-            {"Name": "nofile", "Soft": 4096, "Hard": 65536},
-            {"Name": "core", "Soft": 0, "Hard": 0},
-        ],
+        # No `nproc`: the kernel counts it for each uid of the host, over all workspaces together; PidsLimit does it. No
+        # `nofile`: an engine that may not raise its own limit refuses to start a container with a higher one.
+        "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
         # The sidecar's own log, enough to explain a crash. Terminal output never goes here.
         "LogConfig": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "1"}},
     }

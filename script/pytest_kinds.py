@@ -1,4 +1,4 @@
-"""Pytest plugin of script/test: says how many tests of each kind ran, and fails when Docker's were left out silently."""  # noqa: INP001
+"""Pytest plugin of script/test: says how many tests of each kind ran, and fails when Docker's did not."""  # noqa: INP001
 
 from collections import Counter
 

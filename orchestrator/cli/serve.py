@@ -14,8 +14,8 @@ from aiohttp import web
 
 from deploy_pipeline.gateway import build_gateway
 from deploy_pipeline.worker import Worker, WorkerConfig
-from orchestrator.app import ControlPlane, control_plane, installation_id, open_store, wait_for_store
-from orchestrator.settings import Settings, SettingsError
+from orchestrator.app import ControlPlane, control_plane, installation_id, listen, open_store, wait_for_store
+from orchestrator.settings import Settings
 from orchestrator.store.connection import StoreClient
 
 log = structlog.get_logger(__name__)
@@ -45,12 +45,14 @@ async def serve(settings: Settings) -> None:
         redis = await _until(stopping, _ready_store(stack, settings))
         if redis is None:
             return
-        with _port_errors(settings.host, settings.port):
-            plane = await stack.enter_async_context(control_plane(settings, redis))
+        api = stack.enter_context(listen(settings.host, settings.port))
+        settings = settings.model_copy(update={"port": api.getsockname()[1]})  # when it was 0
         if settings.embedded_store:
-            with _port_errors(settings.gateway_host, settings.gateway_port):
-                await stack.enter_async_context(_gateway(settings, redis))
+            apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+            settings = settings.model_copy(update={"gateway_port": apps.getsockname()[1]})
+            await stack.enter_async_context(_gateway(apps, redis))
             await stack.enter_async_context(_running(_worker(settings, await installation_id(redis), redis).run()))
+        plane = await stack.enter_async_context(control_plane(settings, redis, api))
         print(_welcome(settings, plane), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
         await stopping.wait()
         log.info("stopping")
@@ -75,8 +77,8 @@ async def gateway(settings: Settings) -> None:
         redis = await _until(stopping, _ready_store(stack, settings))
         if redis is None:
             return
-        with _port_errors(settings.gateway_host, settings.gateway_port):
-            await stack.enter_async_context(_gateway(settings, redis))
+        apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+        await stack.enter_async_context(_gateway(apps, redis))
         log.info("gateway ready", host=settings.gateway_host, port=settings.gateway_port)
         await stopping.wait()
 
@@ -107,11 +109,11 @@ async def _ready_store(stack: AsyncExitStack, settings: Settings) -> StoreClient
 
 
 @asynccontextmanager
-async def _gateway(settings: Settings, redis: StoreClient) -> AsyncIterator[None]:
+async def _gateway(listener: socket.socket, redis: StoreClient) -> AsyncIterator[None]:
     runner = web.AppRunner(build_gateway(redis), access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.gateway_host, settings.gateway_port, backlog=1024).start()
+        await web.SockSite(runner, listener).start()
         yield
     finally:
         await runner.cleanup()
@@ -149,20 +151,6 @@ async def _until(stopping: asyncio.Event, work: Awaitable[StoreClient]) -> Store
     return None
 
 
-class _port_errors:  # noqa: N801 - used as a function
-    """A port that cannot be bound is the operator's to mend, not a traceback."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._where = f"{host}:{port}"
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, OSError | socket.gaierror) and not isinstance(error, ConnectionError):
-            raise SettingsError(f"Cannot listen on {self._where}: {error}") from None
-
-
 def _configure_logging(level: str) -> None:
     number = _LEVELS.get(level.lower(), logging.INFO)
     logging.basicConfig(stream=sys.stderr, level=number, format="%(message)s")
@@ -194,7 +182,7 @@ def _welcome(settings: Settings, plane: ControlPlane) -> str:
     else:
         key = "API keys are known already; `code-sessions keys create` makes another one.\n"
         export = "export KEY=…your key…"
-    url = settings.origin if settings.public_url or settings.port else f"http://{settings.host}:{plane.port}"
+    url = settings.origin
     return f"""
 Code Sessions listens on {url} ({settings.runtime} runtime)
 

@@ -15,15 +15,21 @@ OrchestratorError
     SessionEnded                session-ended
     TerminalExited              terminal-exited
     TerminalRunning             terminal-running
+    TerminalNotReading          terminal-not-reading
     IdempotencyKeyReused        idempotency-key-reused
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
     StoreUnavailable            store-unavailable
     RuntimeUnavailable          runtime-unavailable
     TerminalUnavailable         terminal-unavailable
+    NotReady                    not-ready
 """
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
+
+Fact = str | int | bool | Sequence[Mapping[str, str | int | bool]]
+"""What JSON can say of an error beyond its detail: a value, or a list of named values."""
 
 
 class OrchestratorError(Exception):
@@ -33,7 +39,7 @@ class OrchestratorError(Exception):
     code: ClassVar[str]
     title: ClassVar[str]
 
-    def __init__(self, detail: str, **facts: str | int) -> None:
+    def __init__(self, detail: str, **facts: Fact) -> None:
         super().__init__(detail)
         self.detail = detail
         self.facts = facts
@@ -95,6 +101,10 @@ class TerminalRunning(Conflict):
     code, title = "terminal-running", "The terminal's shell is running"
 
 
+class TerminalNotReading(Conflict):
+    code, title = "terminal-not-reading", "The program in the terminal does not read its input"
+
+
 class IdempotencyKeyReused(Conflict):
     code, title = "idempotency-key-reused", "The Idempotency-Key was used with another body"
 
@@ -120,3 +130,7 @@ class RuntimeUnavailable(Unavailable):
 
 class TerminalUnavailable(Unavailable):
     code, title = "terminal-unavailable", "The workspace's terminal cannot be reached"
+
+
+class NotReady(Unavailable):
+    code, title = "not-ready", "Not ready to serve"

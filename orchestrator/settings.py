@@ -70,7 +70,8 @@ class Settings(BaseSettings):
                 if not _is_loopback(host):
                     msg = (
                         f"CODE_SESSIONS_{name}={host} is not a loopback address. Local workspaces are not isolated: "
-                        "whoever reaches the API can run commands as you. Use 127.0.0.1, or CODE_SESSIONS_RUNTIME=docker."
+                        "whoever reaches the API can run commands as you. Use 127.0.0.1, or "
+                        "CODE_SESSIONS_RUNTIME=docker."
                     )
                     raise ValueError(msg)
         return self

@@ -28,8 +28,8 @@ MAX_IGNORE_FILE_BYTES: Final = 256 * 1024
 # Never wanted in a release: history, secrets, and what a build makes again.
 LEFT_OUT: Final = (
     ".git/", ".hg/", ".svn/", ".env", ".env.*", "!.env.example", "*.pem", "*.key", "id_rsa*", "id_ed25519*",
-    "id_ecdsa*", ".ssh/", ".netrc", ".npmrc", ".pypirc", "node_modules/", ".venv/", "venv/", "__pycache__/", "*.pyc", ".mypy_cache/",
-    ".pytest_cache/", ".ruff_cache/", ".cache/", ".npm/", ".DS_Store", "*.swp",
+    "id_ecdsa*", ".ssh/", ".netrc", ".npmrc", ".pypirc", "node_modules/", ".venv/", "venv/", "__pycache__/", "*.pyc",
+    ".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".cache/", ".npm/", ".DS_Store", "*.swp",
 )  # fmt: skip
 
 

@@ -97,6 +97,22 @@ async def test_what_the_engine_refuses_fails_the_start_with_its_reason_and_leave
 
 
 @pytest.mark.docker
+async def test_the_link_folder_may_be_a_volume_that_the_control_plane_shares(spec, engine):
+    volume = engine.volumes.create(new_id("link"))
+    runtime = make_runtime(volume.name)
+    try:
+        await runtime.start(spec)
+        mounts = engine.containers.get(container_name(spec.workspace_id)).attrs["Mounts"]
+        link = next(mount for mount in mounts if mount["Destination"] == "/run/code-sessions")
+        assert (link["Type"], link["Name"], link["RW"]) == ("volume", volume.name, False)
+        await runtime.stop(spec.workspace_id, grace_s=0)
+        assert volume.name in {other.name for other in engine.volumes.list()}, "it is not the workspace's to remove"
+    finally:
+        await runtime.close()
+        volume.remove()
+
+
+@pytest.mark.docker
 async def test_a_removed_network_is_made_anew(link_dir, new_spec, engine):
     name = new_id("net").replace("_", "-")
     runtime = make_runtime(link_dir, network=name)
@@ -161,6 +177,19 @@ async def test_an_engine_that_is_down_is_runtime_unavailable_in_every_call(link_
     ):
         with pytest.raises(RuntimeUnavailable, match="cannot be reached"):
             await call
+    await runtime.close()
+
+
+async def test_a_start_that_is_cancelled_while_the_engine_is_down_ends_as_cancelled(
+    link_dir, spec, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody.sock")
+    runtime = make_runtime(link_dir)
+    start = asyncio.create_task(runtime.start(spec))
+    await asyncio.sleep(0)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
     await runtime.close()
 
 

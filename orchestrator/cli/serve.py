@@ -5,7 +5,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
@@ -23,12 +23,26 @@ log = structlog.get_logger(__name__)
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
-def run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT, with uvloop where there is one.
+def run(settings: Settings) -> None:
+    """`code-sessions serve`, until SIGTERM or SIGINT.
 
     Raises:
-        SettingsError: the settings cannot be served, or a port is taken.
+        SettingsError: the settings cannot be served: a port or the data folder is taken, for example.
     """
+    _run(_serve(settings), settings)
+
+
+def run_worker(settings: Settings) -> None:
+    """`code-sessions worker`."""
+    _run(_work(settings), settings)
+
+
+def run_gateway(settings: Settings) -> None:
+    """`code-sessions gateway`."""
+    _run(_lead(settings), settings)
+
+
+def _run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
     _configure_logging(settings.log_level)
     try:
         import uvloop  # noqa: PLC0415 - not on every platform
@@ -38,7 +52,7 @@ def run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
         uvloop.run(work)
 
 
-async def serve(settings: Settings) -> None:
+async def _serve(settings: Settings) -> None:
     """The control plane; with the embedded store, a deploy worker and the gateway inside."""
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
@@ -58,7 +72,7 @@ async def serve(settings: Settings) -> None:
         log.info("stopping")
 
 
-async def worker(settings: Settings) -> None:
+async def _work(settings: Settings) -> None:
     """A deploy worker alone."""
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
@@ -70,7 +84,7 @@ async def worker(settings: Settings) -> None:
         await stopping.wait()
 
 
-async def gateway(settings: Settings) -> None:
+async def _lead(settings: Settings) -> None:
     """The applications' gateway alone."""
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
@@ -81,13 +95,6 @@ async def gateway(settings: Settings) -> None:
         await stack.enter_async_context(_gateway(apps, redis))
         log.info("gateway ready", host=settings.gateway_host, port=settings.gateway_port)
         await stopping.wait()
-
-
-COMMANDS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, None]]]] = {
-    "serve": serve,
-    "worker": worker,
-    "gateway": gateway,
-}
 
 
 def _worker(settings: Settings, installation: str, redis: StoreClient) -> Worker:

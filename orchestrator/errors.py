@@ -15,6 +15,7 @@ OrchestratorError
     SessionEnded                session-ended
     TerminalExited              terminal-exited
     TerminalRunning             terminal-running
+    TerminalNotReading          terminal-not-reading
     IdempotencyKeyReused        idempotency-key-reused
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
@@ -98,6 +99,10 @@ class TerminalExited(Conflict):
 
 class TerminalRunning(Conflict):
     code, title = "terminal-running", "The terminal's shell is running"
+
+
+class TerminalNotReading(Conflict):
+    code, title = "terminal-not-reading", "The program in the terminal does not read its input"
 
 
 class IdempotencyKeyReused(Conflict):

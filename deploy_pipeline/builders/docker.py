@@ -1,0 +1,327 @@
+"""Applications as containers: an image for each archive, a hardened container for each release, a network for each app.
+
+Everything that is made carries labels that say what it belongs to. docker-py blocks, so it runs in threads of its own.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import docker
+from docker.errors import APIError, DockerException, NotFound
+from docker.types import IPAMConfig, IPAMPool, LogConfig
+from requests.exceptions import RequestException
+
+from deploy_pipeline.builders.base import BUILD_TIMEOUT_S, STOP_GRACE_S, BuildLog, Release, RunState, Runtime
+from deploy_pipeline.builders.dockerfile import HOST, PORT, dockerfile_for
+from deploy_pipeline.builders.processes import MARK, inherited_environment, kill_release, run_step
+from deploy_pipeline.detect import Kind
+from deploy_pipeline.errors import DeployFailed, EngineUnavailable, StartFailed
+from deploy_pipeline.jobs import LOG_TAIL_LINES
+from deploy_pipeline.routing import HttpTarget, Target
+
+_APP: Final = "code-sessions.app"
+_DEPLOYMENT: Final = "code-sessions.deployment"
+_INSTALLATION: Final = "code-sessions.installation"
+_LOOPBACK: Final = "127.0.0.1"
+_HOST_PORTS: Final = range(20_000, 32_000)  # below Linux's ephemeral ports
+# Small ones of our own choice: Docker's default pools hold about thirty networks, then every `create` fails.
+_SUBNETS: Final = list(IPv4Network("10.213.0.0/16").subnets(new_prefix=28))
+_ATTEMPTS: Final = 20
+_ENGINE_TIMEOUT_S: Final = 60
+_MIB: Final = 1024 * 1024
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerLimits:
+    """What one application container, and one build step, may use."""
+
+    memory_bytes: int = 512 * _MIB
+    cpus: float = 1.0
+    pids: int = 256
+    build_memory_bytes: int = 2048 * _MIB
+
+
+class DockerRuntime(Runtime):
+    """`gateway_container` empty: each application is published on a loopback port of this host. Else that container
+    is joined to each application's network, and routes lead to the application's container by its name."""
+
+    def __init__(
+        self,
+        *,
+        app_image: str,
+        installation: str,
+        gateway_container: str = "",
+        limits: ContainerLimits | None = None,
+        build_timeout_s: float = BUILD_TIMEOUT_S,
+        stop_grace_s: float = STOP_GRACE_S,
+    ) -> None:
+        self._app_image, self._installation, self._gateway = app_image, installation, gateway_container
+        self._limits = limits or ContainerLimits()
+        self._build_timeout_s, self._stop_grace_s = build_timeout_s, stop_grace_s
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="docker")
+        self._client: docker.DockerClient | None = None
+
+    async def build(self, release: Release, log: BuildLog) -> None:
+        tag = await self._call(self._tag_of, release)
+        if await self._call(self._has_image, tag):
+            log.say("Nothing changed since this was built: the image is used again.")
+            return
+        dockerfile = "Dockerfile"
+        if release.plan.kind is not Kind.DOCKERFILE:
+            generated = release.folder / "Dockerfile"  # beside the context, which stays as it was unpacked
+            generated.write_text(dockerfile_for(release.plan, release.src, self._app_image))
+            dockerfile = str(generated)
+        order = {
+            "path": str(release.src),
+            "dockerfile": dockerfile,
+            "tag": tag,
+            "labels": self._labels(release.app_id),
+            "memory_bytes": self._limits.build_memory_bytes,
+        }
+        env = inherited_environment() | _engine_address() | {MARK: release.deployment_id}
+        command = (sys.executable, "-m", "deploy_pipeline.builders.image_build", json.dumps(order))
+        await run_step(
+            command, cwd=release.folder, env=env, log=log, timeout_s=self._build_timeout_s, shown="docker build"
+        )
+
+    async def start(self, release: Release) -> Target:
+        return await self._call(self._start, release)
+
+    async def state(self, release: Release) -> RunState:
+        return await self._call(self._state, release)
+
+    async def keep_running(self, release: Release) -> Target | None:  # noqa: ARG002 - the engine restarts it
+        return None
+
+    async def settle(self, release: Release) -> None:
+        def settle() -> None:
+            # Only now: while it starts, a crash has to be seen and not repeated.
+            policy: Any = {"Name": "unless-stopped"}
+            self._engine.containers.get(_container_name(release.deployment_id)).update(restart_policy=policy)
+
+        await self._call(settle)
+        # The files are in the image; what stays is the release's record and build log.
+        await asyncio.to_thread(_remove_folder, release.src)
+
+    async def stop(self, app_id: str, deployment_id: str) -> None:  # noqa: ARG002 - the id says it all
+        await asyncio.to_thread(kill_release, deployment_id, grace_s=0)  # a build of a worker that died
+        await self._call(self._stop, deployment_id)
+
+    async def discard(self, app_id: str, deployment_id: str, *, kept: list[Release]) -> None:
+        await self.stop(app_id, deployment_id)
+        await self._call(self._remove_images, app_id, kept)
+        if not kept:
+            await self._call(self._remove_network, app_id)
+
+    async def remove_app(self, app_id: str) -> None:
+        await self._call(self._remove_images, app_id, [])
+        await self._call(self._remove_network, app_id)
+
+    async def log_tail(self, release: Release) -> list[str]:
+        def read() -> list[str]:
+            try:
+                container = self._engine.containers.get(_container_name(release.deployment_id))
+            except NotFound:
+                return []
+            return container.logs(tail=LOG_TAIL_LINES).decode("utf-8", "replace").splitlines()
+
+        return await self._call(read)
+
+    async def running(self) -> set[tuple[str, str]]:
+        def find() -> set[tuple[str, str]]:
+            containers = self._engine.containers.list(all=True, filters={"label": self._ours()}, ignore_removed=True)
+            return {(item.labels.get(_APP, ""), item.labels.get(_DEPLOYMENT, "")) for item in containers}
+
+        return await self._call(find)
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._client is not None:
+            self._client.close()
+
+    # Blocking, in the threads of the runtime
+
+    async def _call(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        except APIError as error:
+            if error.is_server_error() or error.is_client_error():
+                raise DeployFailed(f"The container engine refused: {error.explanation or error}") from error
+            raise
+        except (DockerException, RequestException) as error:
+            raise EngineUnavailable(f"The container engine cannot be reached: {error}") from error
+
+    @property
+    def _engine(self) -> docker.DockerClient:
+        if self._client is None:
+            self._client = docker.from_env(timeout=_ENGINE_TIMEOUT_S, max_pool_size=8)
+        return self._client
+
+    def _ours(self) -> str:
+        return f"{_INSTALLATION}={self._installation}"
+
+    def _labels(self, app_id: str) -> dict[str, str]:
+        return {_APP: app_id, _INSTALLATION: self._installation}
+
+    def _tag_of(self, release: Release) -> str:
+        """Same files, same kind, same base image: same tag."""
+        base = ""
+        if release.plan.kind is not Kind.DOCKERFILE:
+            base = "-" + str(self._engine.images.get(self._app_image).id).removeprefix("sha256:")[:12]
+        return _tag_without_base(release) + base
+
+    def _has_image(self, tag: str) -> bool:
+        try:
+            self._engine.images.get(tag)
+        except NotFound:
+            return False
+        return True
+
+    def _start(self, release: Release) -> HttpTarget:
+        tag = self._tag_of(release)
+        port = self._port_of(tag)
+        network = self._network(release.app_id)
+        name = _container_name(release.deployment_id)
+        self._stop(release.deployment_id)  # what a worker that died had started
+        for _ in range(_ATTEMPTS):
+            host_port = random.choice(_HOST_PORTS)  # noqa: S311 - no secret
+            published = {} if self._gateway else {f"{port}/tcp": (_LOOPBACK, host_port)}
+            container = self._engine.containers.create(
+                tag, name=name, network=network, ports=published, **self._hardening(release, port)
+            )
+            try:
+                container.start()
+            except APIError as error:
+                container.remove(force=True)
+                if "port is already allocated" in str(error) or "address already in use" in str(error):
+                    continue
+                raise StartFailed(f"The container could not be started: {error.explanation}") from error
+            return HttpTarget(host=name, port=port) if self._gateway else HttpTarget(host=_LOOPBACK, port=host_port)
+        raise StartFailed("No free port was found on this machine.")
+
+    def _hardening(self, release: Release, port: int) -> dict[str, Any]:
+        return {
+            "environment": {"PORT": str(port), "HOST": HOST},
+            "labels": self._labels(release.app_id) | {_DEPLOYMENT: release.deployment_id},
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "mem_limit": self._limits.memory_bytes,
+            "memswap_limit": self._limits.memory_bytes,
+            "nano_cpus": int(self._limits.cpus * 1e9),
+            "pids_limit": self._limits.pids,
+            "init": True,
+            "log_config": LogConfig(type="json-file", config={"max-size": "8m", "max-file": "2"}),
+        }
+
+    def _port_of(self, tag: str) -> int:
+        """The one port that the image exposes, else the usual one."""
+        exposed = self._engine.images.get(tag).attrs["Config"].get("ExposedPorts") or {}
+        ports = [int(name.removesuffix("/tcp")) for name in exposed if name.endswith("/tcp")]
+        return ports[0] if len(ports) == 1 else PORT
+
+    def _network(self, app_id: str) -> str:
+        """The application's network, made when it is not there yet, with everybody in it who has to reach it."""
+        name = _network_name(app_id)
+        if not self._engine.networks.list(names=[f"^{name}$"]):
+            self._create_network(name, app_id)
+        if self._gateway:
+            self._join(name, self._gateway)
+            if own := _own_container():
+                with contextlib.suppress(NotFound):  # a host name that was set by hand
+                    self._join(name, own)
+        return name
+
+    def _create_network(self, name: str, app_id: str) -> None:
+        for _ in range(_ATTEMPTS):
+            pool = IPAMPool(subnet=str(random.choice(_SUBNETS)))  # noqa: S311 - no secret
+            with contextlib.suppress(APIError):
+                self._engine.networks.create(
+                    name,
+                    driver="bridge",
+                    ipam=IPAMConfig(pool_configs=[pool]),
+                    labels=self._labels(app_id),
+                    check_duplicate=True,
+                )
+                return
+        raise StartFailed("No free network was found for the application.")
+
+    def _join(self, network: str, container: str) -> None:
+        try:
+            self._engine.networks.get(network).connect(container)
+        except APIError as error:
+            if "already exists" not in str(error):  # it is in there
+                raise
+
+    def _state(self, release: Release) -> RunState:
+        try:
+            state = self._engine.containers.get(_container_name(release.deployment_id)).attrs["State"]
+        except NotFound:
+            return RunState(running=False, reason="its container is gone")
+        if state["Running"]:
+            return RunState(running=True)
+        reason = "it ran out of memory" if state["OOMKilled"] else f"it ended with status {state['ExitCode']}"
+        return RunState(running=False, reason=reason)
+
+    def _stop(self, deployment_id: str) -> None:
+        with contextlib.suppress(NotFound):
+            container = self._engine.containers.get(_container_name(deployment_id))
+            container.stop(timeout=int(self._stop_grace_s))
+            container.remove(v=True, force=True)
+
+    def _remove_images(self, app_id: str, kept: list[Release]) -> None:
+        wanted = tuple(_tag_without_base(release) for release in kept)  # also when the base image changed since
+        for image in self._engine.images.list(name=_repository(app_id)):
+            for tag in image.tags:
+                if tag.startswith(f"{_repository(app_id)}:") and not tag.startswith(wanted):
+                    with contextlib.suppress(NotFound):
+                        self._engine.images.remove(tag)
+
+    def _remove_network(self, app_id: str) -> None:
+        for network in self._engine.networks.list(names=[f"^{_network_name(app_id)}$"], greedy=True):
+            for container in network.attrs.get("Containers", {}):
+                network.disconnect(container, force=True)
+            network.remove()
+
+
+def _container_name(deployment_id: str) -> str:
+    """Also a host name in the application's network, so without an underscore."""
+    return "code-sessions-" + deployment_id.replace("_", "-")
+
+
+def _network_name(app_id: str) -> str:
+    return "code-sessions-" + app_id.replace("_", "-")
+
+
+def _repository(app_id: str) -> str:
+    return "code-sessions-apps/" + app_id.replace("_", "-")
+
+
+def _tag_without_base(release: Release) -> str:
+    return f"{_repository(release.app_id)}:{release.archive_sha256[:32]}-{release.plan.kind}"
+
+
+def _own_container() -> str:
+    """The container that this worker runs in, which has to reach the application to see whether it is healthy."""
+    return socket.gethostname() if Path("/.dockerenv").exists() else ""
+
+
+def _engine_address() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("DOCKER_")}
+
+
+def _remove_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,200 @@
+"""Processes that belong to a release: started in a session of their own, marked, bounded, and found again to be ended.
+
+A process can leave its group and its parent, but not shed the mark in the environment that it was started with
+(unless it works at it: the local runtime isolates nothing, and says so).
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from deploy_pipeline.builders.base import STOP_GRACE_S, BuildLog
+from deploy_pipeline.errors import BuildFailed
+
+MARK: Final = "CODE_SESSIONS_RELEASE"
+_PIECE_BYTES: Final = 64 * 1024
+_START_TOLERANCE_S: Final = 2.0
+_KILL_ROUNDS: Final = 50  # each 100 ms: a process that forks while it is being killed needs several
+
+# What builds and applications get of the worker's own environment: how to reach registries, and the user's language.
+# Nothing else, so that no setting or secret of this product is in their reach.
+_PASSED_ON: Final = frozenset(
+    {
+        "ALL_PROXY",
+        "CURL_CA_BUNDLE",
+        "GIT_SSL_CAINFO",
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "LANG",
+        "LC_ALL",
+        "NODE_EXTRA_CA_CERTS",
+        "NO_PROXY",
+        "PATH",
+        "REQUESTS_CA_BUNDLE",
+        "SSL_CERT_DIR",
+        "SSL_CERT_FILE",
+        "TZ",
+    }
+)
+_PASSED_ON_PREFIXES: Final = ("PIP_", "NPM_CONFIG_")
+
+
+def inherited_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The part of the worker's environment that builds and applications get, by an allow-list."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.upper() in _PASSED_ON or name.upper().startswith(_PASSED_ON_PREFIXES)
+    }
+
+
+async def run_step(
+    command: tuple[str, ...], *, cwd: Path, env: dict[str, str], log: BuildLog, timeout_s: float, shown: str = ""
+) -> None:
+    """Run a build step to its end, with its output in `log`. All that it started is gone afterwards, also when this
+    is cancelled; `env` has to carry the mark.
+
+    Raises:
+        BuildFailed: it ended with another status than 0, could not be started, or took longer than `timeout_s`.
+    """
+    shown = shown or " ".join(command)
+    log.say(f"$ {shown}")
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=cwd,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise BuildFailed(f"`{shown}` could not be started: {error.strerror}") from error
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _drain(process, log)
+            status = await process.wait()
+    except TimeoutError:
+        raise BuildFailed(f"`{shown}` took longer than {timeout_s:.0f} s and was stopped.") from None
+    finally:
+        # Also after success: what a step leaves running in the background is no part of a release.
+        await asyncio.shield(asyncio.to_thread(kill_release, env[MARK], process.pid, grace_s=0))
+    if status != 0:
+        how = f"was ended by {_signal_name(-status)}" if status < 0 else f"failed with status {status}"
+        raise BuildFailed(f"`{shown}` {how}.")
+
+
+async def _drain(process: asyncio.subprocess.Process, log: BuildLog) -> None:
+    """Until the step itself ends: a background process that keeps the pipe open must not hold the build up."""
+    stdout = process.stdout
+    if stdout is None:
+        raise AssertionError("started with a pipe")
+
+    async def copy() -> None:
+        while data := await stdout.read(_PIECE_BYTES):
+            log.write(data)
+
+    copying = asyncio.create_task(copy())
+    ended = asyncio.create_task(process.wait())
+    try:
+        await asyncio.wait({copying, ended}, return_when=asyncio.FIRST_COMPLETED)
+        await ended
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(copying, 0.5)
+    finally:
+        copying.cancel()
+        ended.cancel()
+
+
+def spawn(command: tuple[str, ...], *, cwd: Path, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a long-running process that outlives this one, output appended to `log`. Blocking for milliseconds.
+
+    asyncio's own kind would be killed together with its event loop, so this is a plain one that has to be polled.
+    """
+    with log.open("ab", buffering=0) as sink:
+        return subprocess.Popen(  # noqa: S603 - the owner's command, as an argument list
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
+        )
+
+
+def is_same_process(pid: int, started: float) -> bool:
+    """Whether the process with this id is still the one that started then (psutil's clock), and not a zombie."""
+    try:
+        process = psutil.Process(pid)
+        # psutil counts from the boot time, which the kernel derives from a clock that is being set right.
+        return abs(process.create_time() - started) < _START_TOLERANCE_S and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def started_at(pid: int) -> float:
+    """When it started, to tell it from a later process with the same id; 0 when it is gone already."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def kill_release(deployment_id: str, leader: int = 0, *, grace_s: float = STOP_GRACE_S) -> None:
+    """SIGTERM to every process of a release, SIGKILL after `grace_s`; returns when none is left. Blocking.
+
+    `leader` is the id of a session that belongs to it, when known.
+    """
+
+    def members() -> list[psutil.Process]:
+        return marked(lambda mark: mark == deployment_id, leader)
+
+    deadline = time.monotonic() + grace_s
+    if grace_s > 0:
+        _signal_all(members(), signal.SIGTERM)
+    while time.monotonic() < deadline and members():
+        time.sleep(0.1)
+    for _ in range(_KILL_ROUNDS):
+        left = members()
+        if not left:
+            return
+        _signal_all(left, signal.SIGKILL)
+        psutil.wait_procs(left, timeout=0.1)
+
+
+def marked(is_wanted: Callable[[str], bool], leader: int = 0) -> list[psutil.Process]:
+    """Living processes whose mark is wanted, or that are in the leader's session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            in_session = leader > 0 and os.getsid(process.pid) == leader
+            if in_session or is_wanted(mark_of(process)):
+                found.append(process)
+    return found
+
+
+def mark_of(process: psutil.Process) -> str:
+    """The release that a process belongs to; empty for none, and for another user's process."""
+    try:
+        return process.environ().get(MARK, "")
+    except (psutil.Error, OSError):
+        return ""
+
+
+def _signal_all(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

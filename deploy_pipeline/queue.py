@@ -1,0 +1,375 @@
+"""The queue of deployments in Redis: one in progress and one waiting for each application, leases with a fence.
+
+The application's hash says what is to be done and who holds the lease; it is changed only by `queue.lua`. The two
+streams (one for each `Stage`) only carry the news to whoever is free: an entry that got lost is written again by
+`sweep`, and one too many finds nothing to claim. So no crash between two steps can lose or double a deployment.
+"""
+
+import importlib.resources
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
+
+from redis.exceptions import ResponseError
+
+from deploy_pipeline.errors import ForbiddenChange, LostClaim
+from deploy_pipeline.jobs import (
+    REASON_CHARACTERS,
+    SETTLED,
+    App,
+    Deployment,
+    DeploymentState,
+    Stage,
+    app_id_of_deployment,
+    app_id_of_session,
+    app_name,
+    is_app_id,
+    log_tail_of,
+    new_deployment_id,
+    sources_of,
+)
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+LEASE_S: Final = 10.0  # renew at a third of it
+SWEEP_INTERVAL_S: Final = 5.0  # with LEASE_S: a dead consumer's job is announced again within 15 s
+MAX_ATTEMPTS: Final = 3
+_GROUP: Final = "consumers"
+_BUSY_APPS: Final = "deploy:busy"  # a set: the applications that the sweep looks at
+_PENDING_IDLE_MS: Final = 10_000  # an entry that was read but not claimed for so long: its reader died in between
+
+
+class Facts(TypedDict, total=False):
+    """What becomes known of a deployment on its way."""
+
+    reason: str
+    log_tail: list[str]
+    archive_sha256: str
+    archive_bytes: int
+    kind: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to work on one deployment, until its lease runs out (`LEASE_S` after it was taken or renewed)."""
+
+    deployment: Deployment  # as it was when it was taken
+    stage: Stage
+    token: int  # the fence: a later claim has a higher one
+    attempt: int  # from 1; more than 1: an earlier consumer died over it
+
+    @property
+    def app_id(self) -> str:
+        return self.deployment.app_id
+
+    @property
+    def deployment_id(self) -> str:
+        return self.deployment.id
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What ending a deployment brought about; empty strings for nothing."""
+
+    activated: str  # the deployment that waited and is now in progress
+    replaced: str  # the deployment that served until now
+
+
+def stream_key(stage: Stage) -> str:
+    return f"deploy:stream:{stage}"
+
+
+class DeploymentQueue:
+    """Deployments and applications in Redis. Any call may raise redis-py's `RedisError`; then nothing is half done
+    that `sweep` does not repair.
+
+    `redis` is a client made with `decode_responses=False` whose socket timeout is longer than any `block_s`.
+    """
+
+    def __init__(self, redis: "Redis", *, lease_s: float = LEASE_S) -> None:
+        self._redis = redis
+        self._lease_ms = int(lease_s * 1000)
+        self._script = redis.register_script(
+            importlib.resources.files("deploy_pipeline").joinpath("queue.lua").read_text("utf-8")
+        )
+        self._groups: set[Stage] = set()
+
+    # What the API asks
+
+    async def submit(
+        self, *, session_id: str, workspace_id: str, organization_id: str, user_id: str, project_name: str
+    ) -> Deployment:
+        """Record a deployment of the session's workspace and queue it.
+
+        It is in progress at once when none of the application is; else it waits, and the one that waited before it
+        is superseded. The application is made with the session's first deployment.
+        """
+        app_id = app_id_of_session(session_id)
+        deployment_id = new_deployment_id(app_id)
+        app = {
+            "id": app_id,
+            "session_id": session_id,
+            "organization_id": organization_id,
+            "project_name": project_name,
+            "name": app_name(project_name, app_id),
+        }
+        deployment = {
+            "id": deployment_id,
+            "app_id": app_id,
+            "session_id": session_id,
+            "workspace_id": workspace_id,
+            "organization_id": organization_id,
+            "user_id": user_id,
+        }
+        # Before the script: an entry for an application that was not made after all is ignored, a missing one is not.
+        await self._redis.sadd(_BUSY_APPS, app_id)
+        await self._redis.zadd(_organization_key(organization_id), {app_id: await self._now_ms()}, nx=True)
+        fields = [item for pair in (*app.items(), *deployment.items()) for item in pair]
+        if await self._run(app_id, "submit", deployment_id, str(len(app) * 2), *fields):
+            await self._announce(app_id, deployment_id, Stage.ARCHIVE)
+        stored = await self.get(organization_id, deployment_id)
+        if stored is None:  # the record was written above and is never removed while it is the newest
+            raise RuntimeError(f"{deployment_id} vanished from the store")
+        return stored
+
+    async def get(self, organization_id: str, deployment_id: str) -> Deployment | None:
+        """None for an unknown one and for another organization's."""
+        found = await self.find(deployment_id)
+        return found if found is not None and found.organization_id == organization_id else None
+
+    async def find(self, deployment_id: str) -> Deployment | None:
+        """For workers, which act for every organization. Never to answer a caller with."""
+        app_id = app_id_of_deployment(deployment_id)
+        fields = await self._hash(f"{_app_key(app_id)}:{deployment_id}") if app_id else {}
+        return Deployment.from_hash(fields) if fields else None
+
+    async def get_app(self, organization_id: str, app_id: str) -> App | None:
+        """None for an unknown one and for another organization's."""
+        if not is_app_id(app_id):
+            return None
+        fields = await self._hash(_app_key(app_id))
+        if fields.get("organization_id") != organization_id:
+            return None
+        return App.model_validate(fields)
+
+    async def app_of_session(self, organization_id: str, session_id: str) -> App | None:
+        """None when the session was never deployed, and for another organization's."""
+        return await self.get_app(organization_id, app_id_of_session(session_id))
+
+    async def list_apps(self, organization_id: str) -> list[App]:
+        """Newest first."""
+        ids = await self._redis.zrevrange(_organization_key(organization_id), 0, -1)
+        apps = [await self.get_app(organization_id, _text(app_id)) for app_id in ids]
+        return [app for app in apps if app is not None]
+
+    async def list_deployments(self, organization_id: str, app_id: str) -> list[Deployment]:
+        """Newest first, the last 100; empty for an unknown application and for another organization's."""
+        if not is_app_id(app_id):
+            return []
+        ids = await self._redis.zrevrange(f"{_app_key(app_id)}:deployments", 0, -1)
+        found = [await self.get(organization_id, _text(deployment_id)) for deployment_id in ids]
+        return [deployment for deployment in found if deployment is not None]
+
+    # What the consumers of a stage do
+
+    async def take(self, stage: Stage, consumer: str, *, block_s: float) -> Claim | None:
+        """The next job of a stage, waiting up to `block_s` seconds for one; None when there was none.
+
+        A job whose consumers died `MAX_ATTEMPTS` times ends as failed here.
+        """
+        entry = await self._read(stage, consumer, block_s)
+        if entry is None:
+            return None
+        entry_id, deployment_id = entry
+        claim = await self._claim(stage, consumer, deployment_id)
+        # Only now: a reader that dies before this leaves the entry pending, and another one gets it.
+        await self._redis.xack(stream_key(stage), _GROUP, entry_id)
+        await self._redis.xdel(stream_key(stage), entry_id)
+        if claim is not None and claim.attempt > MAX_ATTEMPTS:
+            reason = f"Given up after {MAX_ATTEMPTS} attempts: each time the process that worked on it died."
+            await self.finish(claim, DeploymentState.FAILED, reason=reason)
+            return None
+        return claim
+
+    async def renew(self, claim: Claim) -> None:
+        """Hold the lease for another `LEASE_S`.
+
+        Raises:
+            LostClaim: somebody else has the job, or it was ended.
+        """
+        if not await self._run(claim.app_id, "renew", claim.deployment_id, str(claim.token), str(self._lease_ms)):
+            raise LostClaim(claim.deployment_id)
+
+    async def release(self, claim: Claim) -> None:
+        """Give an unfinished job back, for another consumer to take at once. A lost claim is ignored."""
+        if await self._run(claim.app_id, "release", claim.deployment_id, str(claim.token)):
+            await self._announce(claim.app_id, claim.deployment_id, claim.stage)
+
+    async def advance(self, claim: Claim, to_state: DeploymentState, **facts: Unpack[Facts]) -> None:
+        """Record the next state, or more facts in the same one. `BUILDING` ends a claim of the archive stage: the
+        job goes to the build stream.
+
+        Raises:
+            LostClaim: somebody else has the job, or it was ended.
+            ForbiddenChange: the table has no such change.
+        """
+        handed_over = claim.stage is Stage.ARCHIVE and to_state is DeploymentState.BUILDING
+        stage = Stage.BUILD.value if handed_over else ""
+        outcome = await self._change("advance", claim, to_state, stage, facts)
+        _check(outcome, claim, to_state)
+        if handed_over:
+            await self._announce(claim.app_id, claim.deployment_id, Stage.BUILD)
+
+    async def finish(self, claim: Claim, to_state: DeploymentState, **facts: Unpack[Facts]) -> Finished:
+        """End the job in a settled state: the application's next deployment starts, if one waits.
+
+        With `RUNNING`, the deployment that served until now becomes `REPLACED`.
+
+        Raises:
+            LostClaim: somebody else has the job, or it was ended.
+            ForbiddenChange: the table has no such change.
+        """
+        if to_state not in SETTLED:
+            raise ForbiddenChange(f"{to_state} does not end a deployment")
+        outcome, activated, replaced = await self._change("finish", claim, to_state, "", facts)
+        _check(outcome, claim, to_state)
+        if activated:
+            await self._announce(claim.app_id, activated.decode(), Stage.ARCHIVE)
+        return Finished(activated.decode(), replaced.decode())
+
+    async def sweep(self) -> int:
+        """Announce again what nobody works on and no stream entry speaks of; to be called every `SWEEP_INTERVAL_S`
+        by any number of processes. Returns how many were announced.
+        """
+        announced = 0
+        for raw in await self._redis.smembers(_BUSY_APPS):
+            app_id = _text(raw)
+            work = await self._run(app_id, "unserved")
+            if work is None:
+                # Removed before the second look: a deployment that is submitted in between is not forgotten.
+                await self._redis.srem(_BUSY_APPS, app_id)
+                work = await self._run(app_id, "unserved")
+                if work is None:
+                    continue
+                await self._redis.sadd(_BUSY_APPS, app_id)
+            if not work:
+                continue
+            deployment_id, stage, entry = (part.decode() for part in work)
+            if entry and await self._redis.xrange(stream_key(Stage(stage)), entry, entry):
+                continue
+            await self._announce(app_id, deployment_id, Stage(stage))
+            announced += 1
+        return announced
+
+    # Below the surface
+
+    async def _read(self, stage: Stage, consumer: str, block_s: float) -> tuple[bytes, str] | None:
+        """A stream entry for this consumer: first one that a dead reader left behind, then a new one."""
+        key = stream_key(stage)
+        await self._ensure_group(stage)
+        try:
+            _, abandoned, *_ = await self._redis.xautoclaim(
+                key, _GROUP, consumer, min_idle_time=_PENDING_IDLE_MS, start_id="0-0", count=1
+            )
+            if abandoned:
+                return _entry(abandoned[0])
+            # Zero would mean "for ever" to Redis.
+            answer = await self._redis.xreadgroup(
+                _GROUP, consumer, {key: ">"}, count=1, block=max(1, int(block_s * 1000))
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self._groups.discard(stage)  # the store was emptied under us: made again at the next call
+            return None
+        if not answer:
+            return None
+        streams = list(answer.values()) if isinstance(answer, dict) else [entries for _, entries in answer]
+        return _entry(_flat(streams[0]))
+
+    async def _ensure_group(self, stage: Stage) -> None:
+        if stage in self._groups:
+            return
+        try:
+            await self._redis.xgroup_create(stream_key(stage), _GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):  # it is there already
+                raise
+        self._groups.add(stage)
+
+    async def _claim(self, stage: Stage, consumer: str, deployment_id: str) -> Claim | None:
+        app_id = app_id_of_deployment(deployment_id)
+        if app_id is None:
+            return None
+        answer = await self._run(app_id, "claim", deployment_id, stage.value, consumer, str(self._lease_ms))
+        if answer is None:
+            return None
+        token, attempt, flat = answer
+        values = [value.decode() for value in flat]
+        fields = dict(zip(values[::2], values[1::2], strict=True))
+        return Claim(Deployment.from_hash(fields), stage, int(token), int(attempt))
+
+    async def _change(self, step: str, claim: Claim, to_state: DeploymentState, stage: str, facts: Facts) -> Any:
+        sources = "".join(f",{state}" for state in sources_of(to_state)) + ","
+        pairs = [item for pair in _as_fields(facts).items() for item in pair]
+        return await self._run(
+            claim.app_id, step, claim.deployment_id, str(claim.token), to_state.value, sources, stage, *pairs
+        )
+
+    async def _announce(self, app_id: str, deployment_id: str, stage: Stage) -> None:
+        await self._ensure_group(stage)
+        entry_id = await self._redis.xadd(stream_key(stage), {"deployment": deployment_id})
+        await self._run(app_id, "announced", deployment_id, stage.value, _text(entry_id))
+
+    async def _run(self, app_id: str, step: str, *arguments: str) -> Any:
+        return await self._script(keys=[_app_key(app_id)], args=[step, *arguments])
+
+    async def _hash(self, key: str) -> dict[str, str]:
+        fields = await self._redis.hgetall(key)
+        return {_text(name): _text(value) for name, value in fields.items()}
+
+    async def _now_ms(self) -> int:
+        seconds, microseconds = await self._redis.time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+
+def _app_key(app_id: str) -> str:
+    return f"deploy:{{{app_id}}}"
+
+
+def _organization_key(organization_id: str) -> str:
+    return f"deploy:apps-of:{organization_id}"
+
+
+def _as_fields(facts: Facts) -> dict[str, str]:
+    fields = {name: str(value) for name, value in facts.items() if name != "log_tail"}
+    if "reason" in facts:
+        fields["reason"] = facts["reason"][:REASON_CHARACTERS]
+    if "log_tail" in facts:
+        fields["log_tail"] = json.dumps(log_tail_of(facts["log_tail"]))
+    return fields
+
+
+def _check(outcome: Any, claim: Claim, to_state: DeploymentState) -> None:
+    if outcome == b"lost":
+        raise LostClaim(claim.deployment_id)
+    if outcome != b"ok":
+        raise ForbiddenChange(f"{claim.deployment_id}: {outcome.decode()} to {to_state}")
+
+
+def _flat(entries: Any) -> Any:
+    """redis-py 8 nests a stream's entries one list deeper under RESP3 than under RESP2."""
+    first = entries[0]
+    return first[0] if isinstance(first, list) else first
+
+
+def _entry(raw: Any) -> tuple[bytes, str]:
+    entry_id, fields = raw[0], raw[1]
+    return entry_id, fields[b"deployment"].decode()
+
+
+def _text(value: Any) -> str:
+    """redis-py's annotations do not know that this client answers with bytes."""
+    return str(value, "utf-8")

@@ -1,0 +1,103 @@
+"""`/deploy`, `/api/v1/apps` and `/api/v1/deployments`."""
+
+from typing import Any
+
+from aiohttp import web
+
+from deploy_pipeline.jobs import App, Deployment, public_status
+from orchestrator.access.scopes import Scope
+from orchestrator.api.auth import require_scope
+from orchestrator.api.body import ApiModel, json_response, read_body, timestamp
+from orchestrator.api.keys import DEPLOYMENTS
+
+
+class DeployRequest(ApiModel):
+    """No options yet: an empty body or `{}`."""
+
+
+def deployment_object(deployment: Deployment) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "id": deployment.id,
+        "appId": deployment.app_id,
+        "sessionId": deployment.session_id,
+        "status": public_status(deployment.state),
+        "state": deployment.state,
+        "createdAt": timestamp(deployment.created_at),
+        "updatedAt": timestamp(deployment.updated_at),
+        "times": {state: timestamp(at_ms) for state, at_ms in deployment.times.items()},
+    }
+    optional = {
+        "reason": deployment.reason,
+        "logTail": deployment.log_tail,
+        "kind": deployment.kind,
+        "url": deployment.url,
+        "archiveSha256": deployment.archive_sha256,
+        "archiveBytes": deployment.archive_bytes,
+        "supersededBy": deployment.superseded_by,
+    }
+    return body | {name: value for name, value in optional.items() if value}
+
+
+def app_object(app: App, newest: Deployment | None) -> dict[str, Any]:
+    """`status` is the newest deployment's; `url` is there as soon as a release has served, and goes on serving."""
+    body: dict[str, Any] = {
+        "id": app.id,
+        "sessionId": app.session_id,
+        "organizationId": app.organization_id,
+        "name": app.name,
+        "status": public_status(newest.state) if newest is not None else "deploying",
+        "createdAt": timestamp(app.created_at),
+        "currentDeploymentId": app.current_deployment_id or None,
+        "url": app.url or None,
+    }
+    if newest is not None:
+        body["deployment"] = deployment_object(newest)
+    return body
+
+
+async def deploy(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.DEPLOY)
+    await read_body(request, DeployRequest, allow_empty=True)
+    session_id = request.match_info["id"]
+    deployment = await request.app[DEPLOYMENTS].submit(caller.organization_id, session_id, user_id=caller.user_id)
+    return json_response(
+        {
+            "sessionId": session_id,
+            "appId": deployment.app_id,
+            "deploymentId": deployment.id,
+            "status": "deploying",
+        }
+    )
+
+
+async def list_apps(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.READ)
+    apps = await request.app[DEPLOYMENTS].apps(caller.organization_id)
+    found = [await request.app[DEPLOYMENTS].get_app(caller.organization_id, app.id) for app in apps]
+    return json_response({"apps": [app_object(app, newest) for app, newest in found]})
+
+
+async def show_app(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.READ)
+    app, newest = await request.app[DEPLOYMENTS].get_app(caller.organization_id, request.match_info["id"])
+    return json_response(app_object(app, newest))
+
+
+async def list_deployments(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.READ)
+    found = await request.app[DEPLOYMENTS].deployments(caller.organization_id, request.match_info["id"])
+    return json_response({"deployments": [deployment_object(deployment) for deployment in found]})
+
+
+async def show_deployment(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.READ)
+    deployment = await request.app[DEPLOYMENTS].get(caller.organization_id, request.match_info["id"])
+    return json_response(deployment_object(deployment))
+
+
+def add_routes(router: web.UrlDispatcher) -> None:
+    router.add_post("/api/v1/code-sessions/{id}/deploy", deploy)
+    router.add_get("/api/v1/apps", list_apps)
+    router.add_get("/api/v1/apps/{id}", show_app)
+    router.add_get("/api/v1/apps/{id}/deployments", list_deployments)
+    router.add_get("/api/v1/deployments/{id}", show_deployment)

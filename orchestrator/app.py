@@ -1,0 +1,217 @@
+"""The composition root: builds everything, owns every task's and every connection's lifetime."""
+
+import asyncio
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+from aiohttp import web
+
+from deploy_pipeline.archive import ArchiveStore
+from deploy_pipeline.queue import DeploymentQueue
+from orchestrator.access.keys import KeyStore
+from orchestrator.access.rate_limit import RateLimiter
+from orchestrator.api import deployments, sessions, terminal
+from orchestrator.api.auth import setup_auth
+from orchestrator.api.body import MAX_BODY_BYTES
+from orchestrator.api.health import health_routes
+from orchestrator.api.keys import DEPLOYMENTS, LIFECYCLE, REGISTRY, SETTINGS, TERMINALS
+from orchestrator.api.problems import setup_problems
+from orchestrator.api.runner import ProblemAppRunner
+from orchestrator.deployments.service import Deployments
+from orchestrator.runtimes.base import WorkspaceRuntime
+from orchestrator.runtimes.local import LocalRuntime
+from orchestrator.sessions.lifecycle import SessionLifecycle
+from orchestrator.sessions.registry import SessionRegistry
+from orchestrator.sessions.terminals import Terminals
+from orchestrator.settings import RuntimeKind, Settings, SettingsError
+from orchestrator.store.connection import StoreClient, connect
+from orchestrator.store.embedded import EmbeddedValkey
+from orchestrator.store.folders import private_folder
+from orchestrator.tasks import TaskOwner
+from orchestrator.terminal.hub import Hub
+from orchestrator.terminal.link_endpoint import LinkEndpoint
+from orchestrator.terminal.output_store import OutputStore
+
+_BACKLOG: Final = 1024
+DRAIN_S: Final = 5.0  # what running requests get when the process is asked to stop
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlane:
+    """What `serve` needs to know of a running control plane."""
+
+    first_key: str | None  # shown once, at the first start
+
+
+@asynccontextmanager
+async def open_store(settings: Settings) -> AsyncIterator[StoreClient]:
+    """The store that the settings name: a server elsewhere, or an embedded one that lives as long as we do."""
+    async with AsyncExitStack() as stack:
+        if settings.embedded_store:
+            embedded = EmbeddedValkey(settings.data_dir.absolute(), settings.run_dir.absolute())
+            await stack.enter_async_context(embedded)
+            target: str | Path = embedded.socket_path
+        else:
+            target = settings.redis_url
+        yield await stack.enter_async_context(connect(target))
+
+
+def make_runtime(settings: Settings, installation: str) -> WorkspaceRuntime:
+    if settings.runtime is RuntimeKind.LOCAL:
+        return LocalRuntime(settings.data_dir.absolute() / "workspaces", settings.link_socket_dir.absolute())
+    # docker-py takes 120 ms to import, and only this runtime needs it.
+    from orchestrator.runtimes.docker import DockerRuntime  # noqa: PLC0415
+
+    return DockerRuntime(
+        image=settings.workspace_image,
+        limits=settings.limits,
+        link_mount=settings.link_mount or str(settings.link_socket_dir.absolute()),
+        installation=installation,
+    )
+
+
+async def installation_id(redis: StoreClient) -> str:
+    """What this installation's containers are labelled with: made once, kept in the store."""
+    await redis.set("cs:installation", secrets.token_hex(8), nx=True)
+    stored = await redis.get("cs:installation")
+    assert isinstance(stored, bytes)
+    return stored.decode()
+
+
+@asynccontextmanager
+async def control_plane(settings: Settings, redis: StoreClient, listener: socket.socket) -> AsyncIterator[ControlPlane]:
+    """The REST API on `listener` and the sidecars' link; everything is ended in order on the way out."""
+    async with AsyncExitStack() as stack:
+        keys = KeyStore(redis)
+        admin_key = settings.admin_key.get_secret_value() if settings.admin_key is not None else None
+        first_key = await keys.ensure_first_key(admin_key)
+        runtime = make_runtime(settings, await installation_id(redis))
+        stack.push_async_callback(runtime.close)
+        tasks = TaskOwner()
+        output = OutputStore(redis, retention_bytes=settings.output_retention_bytes)
+        registry = SessionRegistry(redis)
+        hub = Hub(output, lambda: _store_identity(redis))
+        lifecycle = SessionLifecycle(registry, runtime, hub, tasks, create_timeout_s=settings.create_timeout_s)
+        terminals = Terminals(registry, hub, output)
+        service = Deployments(
+            registry,
+            terminals,
+            DeploymentQueue(redis),
+            ArchiveStore(settings.data_dir.absolute() / "archives"),
+            consumer=f"control-plane-{secrets.token_hex(4)}",
+        )
+
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app[SETTINGS], app[REGISTRY], app[LIFECYCLE] = settings, registry, lifecycle
+        app[TERMINALS], app[DEPLOYMENTS] = terminals, service
+        setup_problems(app)
+        setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
+        for module in (sessions, terminal, deployments):
+            module.add_routes(app.router)
+        app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
+
+        endpoint = LinkEndpoint(
+            hub,
+            output,
+            authenticate=lifecycle.authenticate_link,
+            on_linked=lifecycle.on_linked,
+            on_appended=lifecycle.on_appended,
+            on_lost=lifecycle.on_link_lost,
+        )
+        await stack.enter_async_context(_link_listener(settings, endpoint))
+        stack.push_async_callback(tasks.close)
+        stack.push_async_callback(hub.close)
+        await stack.enter_async_context(_api_listener(listener, app))
+        for work, name in (
+            (lifecycle.reconcile_forever(), "reconcile"),
+            (hub.watch_store(), "watch store"),
+            (service.archive_forever(), "archive"),
+            (service.sweep_forever(), "sweep deployments"),
+        ):
+            tasks.start(work, name=name)
+        yield ControlPlane(first_key)
+
+
+async def _store_identity(redis: StoreClient) -> str:
+    return str((await redis.info("server"))["run_id"])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes any that is free.
+
+    Raises:
+        SettingsError: the address is not ours or taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"Cannot listen on {host}:{port}: {error.strerror or error}") from None
+    listener.setblocking(False)
+    return listener
+
+
+@asynccontextmanager
+async def _api_listener(listener: socket.socket, app: web.Application) -> AsyncIterator[None]:
+    runner = ProblemAppRunner(app, access_log=None, shutdown_timeout=DRAIN_S)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+        yield
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def _link_listener(settings: Settings, endpoint: LinkEndpoint) -> AsyncIterator[None]:
+    """A socket of our own in the folder that sidecars look into; those of replicas that died are removed."""
+    folder = private_folder(settings.link_socket_dir.absolute())
+    for path in folder.glob("*.sock"):
+        if not _somebody_listens(path):
+            path.unlink(missing_ok=True)
+    path = folder / f"link-{secrets.token_hex(8)}.sock"
+    runner = web.AppRunner(endpoint.application(), access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        # Bound under another name and renamed when only we may connect: no moment is left in between.
+        unready = path.with_suffix(".new")
+        await web.UnixSite(runner, str(unready), backlog=_BACKLOG).start()
+        unready.chmod(0o600)
+        unready.rename(path)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        await runner.cleanup()
+
+
+def _somebody_listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        with suppress(OSError):
+            probe.connect(str(path))
+            return True
+    return False
+
+
+async def wait_for_store(redis: StoreClient) -> None:
+    """Return when the store answers; says so in the log while it does not."""
+    while True:
+        try:
+            await redis.ping()
+        except Exception as error:  # noqa: BLE001 - whatever keeps it from answering
+            log.warning("waiting for the store", reason=str(error))
+            await asyncio.sleep(1)
+        else:
+            return

@@ -1,0 +1,202 @@
+"""The long-running commands: `serve`, `worker` and `gateway`."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+
+from deploy_pipeline.gateway import build_gateway
+from deploy_pipeline.worker import Worker, WorkerConfig
+from orchestrator.app import ControlPlane, control_plane, installation_id, listen, open_store, wait_for_store
+from orchestrator.settings import Settings
+from orchestrator.store.connection import StoreClient
+
+log = structlog.get_logger(__name__)
+
+_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+def run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT, with uvloop where there is one.
+
+    Raises:
+        SettingsError: the settings cannot be served, or a port is taken.
+    """
+    _configure_logging(settings.log_level)
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        asyncio.run(work)
+    else:
+        uvloop.run(work)
+
+
+async def serve(settings: Settings) -> None:
+    """The control plane; with the embedded store, a deploy worker and the gateway inside."""
+    stopping = _stop_on_signals()
+    async with AsyncExitStack() as stack:
+        redis = await _until(stopping, _ready_store(stack, settings))
+        if redis is None:
+            return
+        api = stack.enter_context(listen(settings.host, settings.port))
+        settings = settings.model_copy(update={"port": api.getsockname()[1]})  # when it was 0
+        if settings.embedded_store:
+            apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+            settings = settings.model_copy(update={"gateway_port": apps.getsockname()[1]})
+            await stack.enter_async_context(_gateway(apps, redis))
+            await stack.enter_async_context(_running(_worker(settings, await installation_id(redis), redis).run()))
+        plane = await stack.enter_async_context(control_plane(settings, redis, api))
+        print(_welcome(settings, plane), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
+        await stopping.wait()
+        log.info("stopping")
+
+
+async def worker(settings: Settings) -> None:
+    """A deploy worker alone."""
+    stopping = _stop_on_signals()
+    async with AsyncExitStack() as stack:
+        redis = await _until(stopping, _ready_store(stack, settings))
+        if redis is None:
+            return
+        await stack.enter_async_context(_running(_worker(settings, await installation_id(redis), redis).run()))
+        log.info("worker ready")
+        await stopping.wait()
+
+
+async def gateway(settings: Settings) -> None:
+    """The applications' gateway alone."""
+    stopping = _stop_on_signals()
+    async with AsyncExitStack() as stack:
+        redis = await _until(stopping, _ready_store(stack, settings))
+        if redis is None:
+            return
+        apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+        await stack.enter_async_context(_gateway(apps, redis))
+        log.info("gateway ready", host=settings.gateway_host, port=settings.gateway_port)
+        await stopping.wait()
+
+
+COMMANDS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, None]]]] = {
+    "serve": serve,
+    "worker": worker,
+    "gateway": gateway,
+}
+
+
+def _worker(settings: Settings, installation: str, redis: StoreClient) -> Worker:
+    config = WorkerConfig(
+        runtime=settings.runtime.value,
+        data_dir=settings.data_dir.absolute(),
+        app_url_template=settings.app_url_template,
+        app_image=settings.app_image,
+        gateway_container=settings.gateway_container,
+        installation=installation,
+    )
+    return Worker(redis, config)
+
+
+async def _ready_store(stack: AsyncExitStack, settings: Settings) -> StoreClient:
+    redis = await stack.enter_async_context(open_store(settings))
+    await wait_for_store(redis)
+    return redis
+
+
+@asynccontextmanager
+async def _gateway(listener: socket.socket, redis: StoreClient) -> AsyncIterator[None]:
+    runner = web.AppRunner(build_gateway(redis), access_log=None, shutdown_timeout=2)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener).start()
+        yield
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run it meanwhile; cancelled and awaited at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    return stopping
+
+
+async def _until(stopping: asyncio.Event, work: Awaitable[StoreClient]) -> StoreClient | None:
+    """The result, or None when we are to stop before it is there."""
+    task = asyncio.ensure_future(work)
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if task.done():
+        return task.result()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return None
+
+
+def _configure_logging(level: str) -> None:
+    number = _LEVELS.get(level.lower(), logging.INFO)
+    logging.basicConfig(stream=sys.stderr, level=number, format="%(message)s")
+    logging.getLogger("aiohttp").setLevel(logging.WARNING)
+    processors: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    pretty = sys.stderr.isatty()
+    renderer: structlog.types.Processor
+    renderer = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
+    if pretty:
+        processors.remove(structlog.processors.format_exc_info)
+    structlog.configure(
+        processors=[*processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _welcome(settings: Settings, plane: ControlPlane) -> str:
+    """Where it is, the first key when it was just made, and a tour to paste."""
+    if plane.first_key is not None:
+        key = f"First API key (all scopes; shown only this once, keep it):\n\n  {plane.first_key}\n"
+        export = f"export KEY={plane.first_key}"
+    else:
+        key = "API keys are known already; `code-sessions keys create` makes another one.\n"
+        export = "export KEY=…your key…"
+    url = settings.origin
+    return f"""
+Code Sessions listens on {url} ({settings.runtime} runtime)
+
+{key}
+A short tour:
+
+  {export}
+  export API={url}/api/v1
+  SESSION=$(curl -sS $API/code-sessions -H "X-API-Key: $KEY" -H 'Content-Type: application/json' \\
+    -d '{{"projectName": "hello", "projectDescription": "A first look"}}' | sed 's/.*"sessionId":"\\([^"]*\\)".*/\\1/')
+  curl -sS $API/code-sessions/$SESSION/input -H "X-API-Key: $KEY" -H 'Content-Type: application/json' \\
+    -d '{{"text": "echo Hello from $(hostname)\\n"}}'
+  curl -sS "$API/code-sessions/$SESSION/output?afterSeq=0&wait=5" -H "X-API-Key: $KEY"
+  curl -sS -X DELETE $API/code-sessions/$SESSION -H "X-API-Key: $KEY"
+
+README.md goes on from there: the output loop, deploy, Docker.
+"""

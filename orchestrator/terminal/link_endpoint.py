@@ -1,0 +1,125 @@
+"""Where sidecars dial in: `GET /link` on a listener of its own, never on the public one."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+from aiohttp import WSMsgType, web
+from redis.exceptions import RedisError
+
+from orchestrator.errors import Unavailable
+from orchestrator.terminal.hub import Hub
+from orchestrator.terminal.link import LinkLost, SidecarLink
+from orchestrator.terminal.output_store import OutputStore
+from sidecar.protocol import (
+    HEARTBEAT_S,
+    MAX_MESSAGE_BYTES,
+    VERSION,
+    JsonObject,
+    ProtocolError,
+    Record,
+    decode_json,
+    encode_json,
+    integer,
+)
+
+_HELLO_S: Final = 10.0
+
+log = structlog.get_logger(__name__)
+
+
+class LinkRefused(Exception):
+    """`gone`: the session has ended or never was, so its sidecar shall end too; otherwise the token is wrong."""
+
+    def __init__(self, *, gone: bool) -> None:
+        super().__init__("gone" if gone else "wrong token")
+        self.gone = gone
+
+
+class _WebSocketTransport:
+    def __init__(self, socket: web.WebSocketResponse) -> None:
+        self._socket = socket
+
+    async def send_text(self, message: str) -> None:
+        await self._socket.send_str(message)
+
+    async def send_binary(self, message: bytes) -> None:
+        await self._socket.send_bytes(message)
+
+    async def close(self, reason: str) -> None:
+        await self._socket.close(code=1001, message=reason.encode())
+
+
+class LinkEndpoint:
+    def __init__(
+        self,
+        hub: Hub,
+        store: OutputStore,
+        *,
+        authenticate: Callable[[str, str], Awaitable[str]],
+        on_linked: Callable[[str], Awaitable[None]],
+        on_appended: Callable[[str, list[Record]], Awaitable[None]],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """`authenticate(session id, token)` gives the session's workspace id or raises `LinkRefused`."""
+        self._hub, self._store = hub, store
+        self._authenticate, self._on_linked = authenticate, on_linked
+        self._on_appended, self._on_lost = on_appended, on_lost
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/link", self._handle)
+        return app
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        session_id = request.headers.get("X-Session-Id", "")
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        try:
+            workspace_id = await self._authenticate(session_id, token)
+        except LinkRefused as refused:
+            return web.Response(status=410 if refused.gone else 401)
+        except (Unavailable, RedisError):
+            return web.Response(status=503)
+        socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=MAX_MESSAGE_BYTES, compress=False)
+        await socket.prepare(request)
+        link = SidecarLink(session_id, _WebSocketTransport(socket), self._store, on_appended=self._on_appended)
+        try:
+            await self._serve(socket, link, workspace_id)
+        except* (ProtocolError, TimeoutError, LinkLost, ConnectionError, RedisError) as group:
+            reasons = "; ".join(f"{type(error).__name__}: {error}" for error in group.exceptions)
+            log.warning("link ended", session_id=session_id, reason=reasons)
+        finally:
+            if self._hub.detach(link):
+                self._on_lost(session_id)
+            await socket.close()
+        return socket
+
+    async def _serve(self, socket: web.WebSocketResponse, link: SidecarLink, workspace_id: str) -> None:
+        hello = decode_json(await socket.receive_str(timeout=_HELLO_S))
+        if hello["t"] != "hello" or integer(hello, "v") != VERSION:
+            raise ProtocolError(f"no hello of version {VERSION}")
+        if hello.get("sessionId") != link.session_id or hello.get("workspaceId") != workspace_id:
+            raise ProtocolError("the hello is of another session")
+        welcome: JsonObject = {"t": "welcome", "v": VERSION, "resumeAfter": await self._resume_after(link, hello)}
+        await socket.send_str(encode_json(welcome))
+        await self._hub.attach(link)
+        async with asyncio.TaskGroup() as tasks:
+            appends = tasks.create_task(link.run_appends())
+            await self._on_linked(link.session_id)
+            async for message in socket:
+                if message.type not in {WSMsgType.TEXT, WSMsgType.BINARY}:
+                    break
+                await link.receive(message.data)
+            appends.cancel()
+
+    async def _resume_after(self, link: SidecarLink, hello: JsonObject) -> int:
+        first, last = integer(hello, "firstSeq"), integer(hello, "lastSeq")
+        stands_at = await self._store.last_seq(link.session_id)
+        if stands_at > last:
+            raise ProtocolError(f"the sidecar has {last} records, the store {stands_at}: this is not the same terminal")
+        if stands_at < first - 1:
+            log.error("output is lost", session_id=link.session_id, after=stands_at, before=first)
+            await self._store.skip_to(link.session_id, first - 1)
+            return first - 1
+        return stands_at

@@ -1,0 +1,123 @@
+"""The durable output log of every session: a Redis stream whose entry ids are `seq-0`.
+
+The store itself keeps the log gap-free: an append is one script that takes only what continues the last seq, so two
+replicas that both believe they own a session, or one that repeats itself, can do no harm.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Final
+
+from redis.asyncio import Redis
+
+from orchestrator.models import TerminalState
+from sidecar.protocol import Record, RecordKind
+
+PAGE_BYTES: Final = 1024 * 1024
+_FIRST_PAGE: Final = 32  # entries; enough for a page of large chunks, and more are asked for when they are small
+_MARKS: Final = 64  # retention is trimmed in about this many steps
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Records after a seq. `first_seq` and `last_seq` are the oldest kept and the newest of the whole log."""
+
+    records: list[Record]
+    first_seq: int
+    last_seq: int
+    terminal: TerminalState
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    complete: bool  # False: a record was not the next one
+    last_seq: int  # where the store stands now
+
+
+class OutputStore:
+    def __init__(self, redis: Redis, *, retention_bytes: int) -> None:
+        self._redis, self._retention_bytes = redis, retention_bytes
+        self._append = redis.register_script(files(__package__).joinpath("append.lua").read_text())
+
+    @staticmethod
+    def keys(session_id: str) -> list[str]:
+        """The stream, the tail and the marks of a session, in one slot of a cluster."""
+        return [f"cs:{{{session_id}}}:{name}" for name in ("log", "tail", "marks")]
+
+    async def append(self, session_id: str, records: Sequence[Record]) -> Appended:
+        """Take in records; those that are there already are passed over, and none is taken after a gap."""
+        arguments: list[int | bytes] = [self._retention_bytes, max(1, self._retention_bytes // _MARKS)]
+        for record in records:
+            arguments += (record.seq, record.offset, record.time_ms, int(record.kind), record.data)
+        complete, last_seq = await self._append(keys=self.keys(session_id), args=arguments)
+        return Appended(bool(complete), last_seq)
+
+    async def last_seq(self, session_id: str) -> int:
+        """The newest seq; 0 for none."""
+        return int(await self._redis.hget(self.keys(session_id)[1], "last") or 0)
+
+    async def skip_to(self, session_id: str, last_seq: int) -> None:
+        """Go on after `last_seq` though what stood before it was lost; readers are told by `truncated`."""
+        await self._redis.hset(self.keys(session_id)[1], mapping={"last": last_seq, "first": last_seq + 1})
+
+    async def terminal_state(self, session_id: str) -> TerminalState:
+        return _terminal_state(await self._redis.hmget(self.keys(session_id)[1], _STATE_FIELDS))
+
+    async def read(self, session_id: str, *, after: int, limit: int, max_bytes: int = PAGE_BYTES) -> Page:
+        """At most `limit` records after `after`, and about `max_bytes` of output."""
+        stream, tail, _ = self.keys(session_id)
+        records: list[Record] = []
+        size, count = 0, min(limit, _FIRST_PAGE)
+        while True:
+            start = records[-1].seq if records else after
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.xrange(stream, min=f"({start}-0", max="+", count=count)
+                pipe.hmget(tail, ("first", "last", *_STATE_FIELDS))
+                entries, (first, last, *state) = await pipe.execute()
+            if records and entries and _seq(entries[0][0]) != records[-1].seq + 1:
+                entries = []  # trimmed between two looks: end here, and the next read tells of it
+            for entry_id, fields in entries:
+                record = _record(entry_id, fields)
+                if records and size + len(record.data) > max_bytes:
+                    break
+                records.append(record)
+                size += len(record.data)
+            else:
+                if len(entries) == count and len(records) < limit:
+                    average = size // len(records) + 1
+                    count = min(limit - len(records), max(1, (max_bytes - size) // average), 1000)
+                    continue
+            return Page(records, int(first or 1), int(last or 0), _terminal_state(state))
+
+
+_STATE_FIELDS: Final = ("state", "size", "exit")
+
+
+def _seq(entry_id: bytes) -> int:
+    return int(entry_id.partition(b"-")[0])
+
+
+def _record(entry_id: bytes, fields: dict[bytes, bytes]) -> Record:
+    return Record(_seq(entry_id), int(fields[b"o"]), int(fields[b"t"]), RecordKind(int(fields[b"k"])), fields[b"d"])
+
+
+def _terminal_state(fields: Sequence[Any]) -> TerminalState:
+    state, size, exit_facts = fields
+    if state is None:
+        return TerminalState()
+    dimensions = record_facts(size or b"")
+    cols, rows = dimensions.get("cols"), dimensions.get("rows")
+    if not isinstance(cols, int) or not isinstance(rows, int):
+        cols, rows = 80, 24
+    return TerminalState(state.decode(), cols, rows, record_facts(exit_facts or b""))
+
+
+def record_facts(data: bytes) -> dict[str, Any]:
+    """The facts of a record that is no output; empty when they do not parse (they come from a workspace)."""
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -21,28 +21,29 @@ app.add_typer(keys.app, name="keys")
 @app.command()
 def serve() -> None:
     """Run the control plane, in the embedded default with a deploy worker inside."""
-    _run("run")
+    _run("serve")
 
 
 @app.command()
 def worker() -> None:
     """Run a deploy worker alone."""
-    _run("run_worker")
+    _run("worker")
 
 
 @app.command()
 def gateway() -> None:
     """Run the gateway alone: the front door of deployed applications."""
-    _run("run_gateway")
+    _run("gateway")
 
 
 def _run(entry: str) -> None:
-    """Hand the settings to one of `orchestrator.cli.serve`'s entries, which runs until it is told to end."""
+    """Run one of `orchestrator.cli.serve`'s coroutines until it is told to end."""
     from orchestrator.settings import load_settings  # noqa: PLC0415 - see above
 
     # By name: everything that the servers are made of is behind this import.
     servers = importlib.import_module("orchestrator.cli.serve")
-    getattr(servers, entry)(load_settings())
+    settings = load_settings()
+    servers.run(getattr(servers, entry)(settings), settings)
 
 
 def main() -> None:

@@ -21,19 +21,19 @@ app.add_typer(keys.app, name="keys")
 @app.command()
 def serve() -> None:
     """Run the control plane, in the embedded default with a deploy worker inside."""
-    _run("serve")
+    _run("run")
 
 
 @app.command()
 def worker() -> None:
     """Run a deploy worker alone."""
-    _run("worker")
+    _run("run_worker")
 
 
 @app.command()
 def gateway() -> None:
     """Run the gateway alone: the front door of deployed applications."""
-    _run("gateway")
+    _run("run_gateway")
 
 
 def _run(entry: str) -> None:
@@ -43,7 +43,7 @@ def _run(entry: str) -> None:
     # By name: everything that the servers are made of is behind this import.
     servers = importlib.import_module("orchestrator.cli.serve")
     settings = load_settings()
-    servers.run(getattr(servers, entry)(settings), settings)
+    getattr(servers, entry)(settings)
 
 
 def main() -> None:

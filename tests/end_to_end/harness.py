@@ -108,7 +108,9 @@ class Client:
         self._http = None
 
     async def __aenter__(self):
-        self._http = aiohttp.ClientSession(headers={"X-API-Key": self.key} if self.key else {})
+        # A connection of its own for each call: one that a killed server left half-open says nothing of the product.
+        connector = aiohttp.TCPConnector(force_close=True, limit=0)
+        self._http = aiohttp.ClientSession(headers={"X-API-Key": self.key} if self.key else {}, connector=connector)
         return self
 
     async def __aexit__(self, *_):

@@ -144,7 +144,7 @@ async def test_a_session_whose_sidecar_is_killed_says_so_within_seconds_and_leav
     assert list((serve.data_dir / "workspaces").iterdir()) == []
 
 
-async def test_a_workspace_that_lost_its_session_is_removed_at_the_next_start(serve):
+async def test_a_restart_ends_no_session_and_leaves_a_workspace_that_may_be_in_the_making(serve):
     async with serve.client() as client:
         session = await client.create("kept")
         await session.run("true")

@@ -86,7 +86,11 @@ async def test_full_screen_programs_line_editing_and_job_control_work(client):
     await session.until("Stopped")
     text, _ = await session.run("jobs; kill %1")
     assert "sleep 500" in text
-    await session.send("cat > typed.txt\nfirst\nsecond\n\x04")
+    await session.run("stty -echo")
+    await session.send("echo r''eady; cat > typed.txt\n")
+    await session.until("ready")
+    await session.send("first\nsecond\n")
+    await session.send("\x04")
     text, _ = await session.run("cat typed.txt | wc -l; tput cols; tput lines; tput colors")
     assert "2\r\n80\r\n24\r\n256\r\n" in text
 

@@ -29,7 +29,7 @@ from orchestrator.runtimes.local import LocalRuntime
 from orchestrator.sessions.lifecycle import SessionLifecycle
 from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.sessions.terminals import Terminals
-from orchestrator.settings import RuntimeKind, Settings
+from orchestrator.settings import RuntimeKind, Settings, SettingsError
 from orchestrator.store.connection import StoreClient, connect
 from orchestrator.store.embedded import EmbeddedValkey
 from orchestrator.store.folders import private_folder
@@ -38,6 +38,7 @@ from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link_endpoint import LinkEndpoint
 from orchestrator.terminal.output_store import OutputStore
 
+_BACKLOG: Final = 1024
 DRAIN_S: Final = 5.0  # what running requests get when the process is asked to stop
 
 log = structlog.get_logger(__name__)
@@ -47,9 +48,7 @@ log = structlog.get_logger(__name__)
 class ControlPlane:
     """What `serve` needs to know of a running control plane."""
 
-    redis: StoreClient
     first_key: str | None  # shown once, at the first start
-    port: int  # the one that was bound, also when 0 was asked for
 
 
 @asynccontextmanager
@@ -88,8 +87,8 @@ async def installation_id(redis: StoreClient) -> str:
 
 
 @asynccontextmanager
-async def control_plane(settings: Settings, redis: StoreClient) -> AsyncIterator[ControlPlane]:
-    """The REST API and the sidecars' link, listening; everything is ended in order on the way out."""
+async def control_plane(settings: Settings, redis: StoreClient, listener: socket.socket) -> AsyncIterator[ControlPlane]:
+    """The REST API on `listener` and the sidecars' link; everything is ended in order on the way out."""
     async with AsyncExitStack() as stack:
         keys = KeyStore(redis)
         admin_key = settings.admin_key.get_secret_value() if settings.admin_key is not None else None
@@ -130,7 +129,7 @@ async def control_plane(settings: Settings, redis: StoreClient) -> AsyncIterator
         await stack.enter_async_context(_link_listener(settings, endpoint))
         stack.push_async_callback(tasks.close)
         stack.push_async_callback(hub.close)
-        port = await stack.enter_async_context(_api_listener(settings, app))
+        await stack.enter_async_context(_api_listener(listener, app))
         for work, name in (
             (lifecycle.reconcile_forever(), "reconcile"),
             (hub.watch_store(), "watch store"),
@@ -138,20 +137,39 @@ async def control_plane(settings: Settings, redis: StoreClient) -> AsyncIterator
             (service.sweep_forever(), "sweep deployments"),
         ):
             tasks.start(work, name=name)
-        yield ControlPlane(redis, first_key, port)
+        yield ControlPlane(first_key)
 
 
 async def _store_identity(redis: StoreClient) -> str:
     return str((await redis.info("server"))["run_id"])
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes any that is free.
+
+    Raises:
+        SettingsError: the address is not ours or taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"Cannot listen on {host}:{port}: {error.strerror or error}") from None
+    listener.setblocking(False)
+    return listener
+
+
 @asynccontextmanager
-async def _api_listener(settings: Settings, app: web.Application) -> AsyncIterator[int]:
+async def _api_listener(listener: socket.socket, app: web.Application) -> AsyncIterator[None]:
     runner = ProblemAppRunner(app, access_log=None, shutdown_timeout=DRAIN_S)
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
-        yield int(runner.addresses[0][1])
+        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+        yield
     finally:
         await runner.cleanup()
 
@@ -169,7 +187,7 @@ async def _link_listener(settings: Settings, endpoint: LinkEndpoint) -> AsyncIte
     try:
         # Bound under another name and renamed when only we may connect: no moment is left in between.
         unready = path.with_suffix(".new")
-        await web.UnixSite(runner, str(unready), backlog=1024).start()
+        await web.UnixSite(runner, str(unready), backlog=_BACKLOG).start()
         unready.chmod(0o600)
         unready.rename(path)
         yield

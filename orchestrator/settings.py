@@ -4,7 +4,6 @@ import hashlib
 import os
 import tempfile
 from enum import StrEnum
-from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Self
@@ -76,27 +75,27 @@ class Settings(BaseSettings):
                     raise ValueError(msg)
         return self
 
-    @cached_property
+    @property
     def embedded_store(self) -> bool:
         return not self.redis_url
 
-    @cached_property
+    @property
     def limits(self) -> WorkspaceLimits:
         return WorkspaceLimits(
             memory_bytes=self.workspace_memory_mb * 1024 * 1024, cpus=self.workspace_cpus, pids=self.workspace_pids
         )
 
-    @cached_property
+    @property
     def origin(self) -> str:
         """The API's origin as clients see it, without a final slash."""
         return (self.public_url or f"http://{_in_url(self.host)}:{self.port}").rstrip("/")
 
-    @cached_property
+    @property
     def app_url_template(self) -> str:
         """An application's URL with `{app}` for its host name label."""
         return self.gateway_public_url or f"http://{{app}}.localhost:{self.gateway_port}/"
 
-    @cached_property
+    @property
     def run_dir(self) -> Path:
         """Short enough for Unix sockets: below the data folder, else in the temporary folder."""
         inside = self.data_dir / "run"
@@ -105,7 +104,7 @@ class Settings(BaseSettings):
         name = hashlib.sha256(os.fsencode(self.data_dir.absolute())).hexdigest()[:12]
         return Path(tempfile.gettempdir()) / f"code-sessions-{os.getuid()}-{name}"
 
-    @cached_property
+    @property
     def link_socket_dir(self) -> Path:
         return self.link_dir or self.run_dir / "link"
 

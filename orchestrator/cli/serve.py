@@ -5,7 +5,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
@@ -14,8 +14,8 @@ from aiohttp import web
 
 from deploy_pipeline.gateway import build_gateway
 from deploy_pipeline.worker import Worker, WorkerConfig
-from orchestrator.app import ControlPlane, control_plane, installation_id, open_store, wait_for_store
-from orchestrator.settings import Settings, SettingsError
+from orchestrator.app import ControlPlane, control_plane, installation_id, listen, open_store, wait_for_store
+from orchestrator.settings import Settings
 from orchestrator.store.connection import StoreClient
 
 log = structlog.get_logger(__name__)
@@ -23,12 +23,26 @@ log = structlog.get_logger(__name__)
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
-def run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT, with uvloop where there is one.
+def run(settings: Settings) -> None:
+    """`code-sessions serve`, until SIGTERM or SIGINT.
 
     Raises:
-        SettingsError: the settings cannot be served, or a port is taken.
+        SettingsError: the settings cannot be served: a port or the data folder is taken, for example.
     """
+    _run(_serve(settings), settings)
+
+
+def run_worker(settings: Settings) -> None:
+    """`code-sessions worker`."""
+    _run(_work(settings), settings)
+
+
+def run_gateway(settings: Settings) -> None:
+    """`code-sessions gateway`."""
+    _run(_lead(settings), settings)
+
+
+def _run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
     _configure_logging(settings.log_level)
     try:
         import uvloop  # noqa: PLC0415 - not on every platform
@@ -38,25 +52,27 @@ def run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
         uvloop.run(work)
 
 
-async def serve(settings: Settings) -> None:
+async def _serve(settings: Settings) -> None:
     """The control plane; with the embedded store, a deploy worker and the gateway inside."""
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
         redis = await _until(stopping, _ready_store(stack, settings))
         if redis is None:
             return
-        with _port_errors(settings.host, settings.port):
-            plane = await stack.enter_async_context(control_plane(settings, redis))
+        api = stack.enter_context(listen(settings.host, settings.port))
+        settings = settings.model_copy(update={"port": api.getsockname()[1]})  # when it was 0
         if settings.embedded_store:
-            with _port_errors(settings.gateway_host, settings.gateway_port):
-                await stack.enter_async_context(_gateway(settings, redis))
+            apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+            settings = settings.model_copy(update={"gateway_port": apps.getsockname()[1]})
+            await stack.enter_async_context(_gateway(apps, redis))
             await stack.enter_async_context(_running(_worker(settings, await installation_id(redis), redis).run()))
+        plane = await stack.enter_async_context(control_plane(settings, redis, api))
         print(_welcome(settings, plane), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
         await stopping.wait()
         log.info("stopping")
 
 
-async def worker(settings: Settings) -> None:
+async def _work(settings: Settings) -> None:
     """A deploy worker alone."""
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
@@ -68,24 +84,17 @@ async def worker(settings: Settings) -> None:
         await stopping.wait()
 
 
-async def gateway(settings: Settings) -> None:
+async def _lead(settings: Settings) -> None:
     """The applications' gateway alone."""
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
         redis = await _until(stopping, _ready_store(stack, settings))
         if redis is None:
             return
-        with _port_errors(settings.gateway_host, settings.gateway_port):
-            await stack.enter_async_context(_gateway(settings, redis))
+        apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+        await stack.enter_async_context(_gateway(apps, redis))
         log.info("gateway ready", host=settings.gateway_host, port=settings.gateway_port)
         await stopping.wait()
-
-
-COMMANDS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, None]]]] = {
-    "serve": serve,
-    "worker": worker,
-    "gateway": gateway,
-}
 
 
 def _worker(settings: Settings, installation: str, redis: StoreClient) -> Worker:
@@ -107,11 +116,11 @@ async def _ready_store(stack: AsyncExitStack, settings: Settings) -> StoreClient
 
 
 @asynccontextmanager
-async def _gateway(settings: Settings, redis: StoreClient) -> AsyncIterator[None]:
+async def _gateway(listener: socket.socket, redis: StoreClient) -> AsyncIterator[None]:
     runner = web.AppRunner(build_gateway(redis), access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.gateway_host, settings.gateway_port, backlog=1024).start()
+        await web.SockSite(runner, listener).start()
         yield
     finally:
         await runner.cleanup()
@@ -149,20 +158,6 @@ async def _until(stopping: asyncio.Event, work: Awaitable[StoreClient]) -> Store
     return None
 
 
-class _port_errors:  # noqa: N801 - used as a function
-    """A port that cannot be bound is the operator's to mend, not a traceback."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._where = f"{host}:{port}"
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, OSError | socket.gaierror) and not isinstance(error, ConnectionError):
-            raise SettingsError(f"Cannot listen on {self._where}: {error}") from None
-
-
 def _configure_logging(level: str) -> None:
     number = _LEVELS.get(level.lower(), logging.INFO)
     logging.basicConfig(stream=sys.stderr, level=number, format="%(message)s")
@@ -194,7 +189,7 @@ def _welcome(settings: Settings, plane: ControlPlane) -> str:
     else:
         key = "API keys are known already; `code-sessions keys create` makes another one.\n"
         export = "export KEY=…your key…"
-    url = settings.origin if settings.public_url or settings.port else f"http://{settings.host}:{plane.port}"
+    url = settings.origin
     return f"""
 Code Sessions listens on {url} ({settings.runtime} runtime)
 

@@ -8,7 +8,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from deploy_pipeline.archive import ArchiveStore
-from deploy_pipeline.errors import LostClaim
+from deploy_pipeline.errors import ArchiveRefused, LostClaim
 from deploy_pipeline.jobs import App, Deployment, DeploymentState, Stage
 from deploy_pipeline.queue import LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
 from orchestrator.errors import AppNotFound, DeploymentNotFound, SessionEnded, TerminalUnavailable
@@ -156,7 +156,7 @@ class Deployments:
         try:
             async with asyncio.timeout(ARCHIVE_S):
                 sha256, size_bytes = await self._fetch(session)
-        except (RequestRefused, SessionEnded, TerminalUnavailable) as error:
+        except (RequestRefused, SessionEnded, TerminalUnavailable, ArchiveRefused) as error:
             await self._fail(claim, f"the workspace could not be archived: {getattr(error, 'detail', error)}")
         except TimeoutError:
             await self._fail(claim, f"the workspace could not be archived within {ARCHIVE_S:.0f} seconds")
@@ -170,8 +170,8 @@ class Deployments:
             try:
                 facts: JsonObject = {}
                 async for piece in self._terminals.archive(session, facts):
-                    await asyncio.to_thread(writer.write, piece)
-                return await asyncio.to_thread(writer.commit)
+                    writer.write(piece)
+                return await writer.commit()
             except LinkLost:
                 if attempt == ATTEMPTS:
                     raise TerminalUnavailable("the workspace's link broke again and again") from None

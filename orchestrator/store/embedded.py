@@ -107,11 +107,15 @@ class EmbeddedValkey:
         await self.stop()
 
     async def _own_the_folder(self) -> None:
-        """Take `serve.lock`; a `keys` command holds it only for a moment, so that one is waited for."""
+        """Take `serve.lock`; a `keys` command holds it only for a moment, so that one is waited for.
+
+        A command does not wait for a `serve`: it can use that one's store instead.
+        """
         if self._owner.try_acquire(role=self._role):
             return
-        holder = self._owner.note()
-        wait_s = _DYING_HOLDER_WAIT_S if holder.get("role") == "serve" else _BRIEF_HOLDER_WAIT_S
+        wait_s = _BRIEF_HOLDER_WAIT_S
+        if self._owner.note().get("role") == "serve":
+            wait_s = _DYING_HOLDER_WAIT_S if self._role == "serve" else 0.0
         if not await self._owner.acquire(wait_s=wait_s, role=self._role):
             holder = self._owner.note()
             raise FolderInUse(

@@ -1,6 +1,7 @@
 """The store that the settings name, for commands that need it for a moment."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from orchestrator.store.connection import StoreClient, connect
 from orchestrator.store.embedded import EmbeddedValkey
 from orchestrator.store.folders import FolderInUse
 
-_STARTING_SERVE_WAIT_S: Final = 10.0
+_CHANGING_SERVE_WAIT_S: Final = 10.0
 _POLL_S: Final = 0.05
 
 
@@ -29,29 +30,30 @@ async def open_store(settings: Settings, *, role: str) -> AsyncIterator[StoreCli
             yield client
         return
     store = EmbeddedValkey(settings.data_dir.absolute(), settings.run_dir.absolute(), role=role)
-    try:
-        await store.start()
-    except FolderInUse:
-        async with connect(store.socket_path) as client:
-            await _answering(client)
+    async with connect(store.socket_path) as client:
+        started = await _start_or_find(store, client)
+        try:
             yield client
-        return
-    try:
-        async with connect(store.socket_path) as client:
-            yield client
-    finally:
-        await store.stop()
+        finally:
+            if started:
+                await store.stop()
 
 
-async def _answering(client: StoreClient) -> None:
-    """Wait for a `serve` that has just taken the folder to have its store up."""
-    deadline_s = time.monotonic() + _STARTING_SERVE_WAIT_S
+async def _start_or_find(store: EmbeddedValkey, client: StoreClient) -> bool:
+    """True: `store` was started. False: a `serve` has the folder and its store answers.
+
+    A `serve` that has just taken the folder, or was just killed, is given time to become one or the other.
+    """
+    deadline_s = time.monotonic() + _CHANGING_SERVE_WAIT_S
     while True:
         try:
-            await client.ping()
-        except RedisError:
+            await store.start()
+        except FolderInUse:
+            with contextlib.suppress(RedisError):
+                await client.ping()
+                return False
             if time.monotonic() >= deadline_s:
                 raise
         else:
-            return
+            return True
         await asyncio.sleep(_POLL_S)

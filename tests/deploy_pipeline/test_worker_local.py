@@ -234,9 +234,7 @@ async def test_a_build_whose_worker_is_killed_is_done_by_the_next_one_and_leaves
         await worker.releases.remove_app(done.app_id)
 
 
-async def test_a_worker_that_is_stopped_in_the_middle_of_a_build_gives_it_back_at_once(
-    redis, queue, gateway, tmp_path
-):
+async def test_a_worker_that_is_stopped_in_the_middle_of_a_build_gives_it_back_at_once(redis, queue, gateway, tmp_path):
     config = WorkerConfig("local", tmp_path, "http://{app}.localhost/")
     pipeline = Pipeline(queue, config, gateway)
     async with running_worker(redis, config):

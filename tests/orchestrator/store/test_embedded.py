@@ -40,10 +40,10 @@ def _store(tmp_path: Path, role: str = "serve") -> EmbeddedValkey:
     return EmbeddedValkey(tmp_path / "a folder", tmp_path / "run", role=role)
 
 
-def _serve(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
+def _serve(tmp_path: Path, run_dir: Path | None = None) -> tuple[subprocess.Popen[str], int]:
     """A process of its own that runs the store, and its server's pid."""
     store = _store(tmp_path)
-    command = [sys.executable, "-c", _SERVE, str(store.data_dir), str(store.run_dir)]
+    command = [sys.executable, "-c", _SERVE, str(store.data_dir), str(run_dir or store.run_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, int(process.stdout.readline())
@@ -222,6 +222,15 @@ async def test_a_command_uses_the_running_serves_store(tmp_path):
         assert await client.get("from") == b"command"
         pid = serve.pid
     assert not psutil.pid_exists(pid)
+
+
+async def test_a_command_that_meets_a_serve_that_was_just_killed_starts_the_store_itself(tmp_path):
+    settings = load_settings(data_dir=tmp_path / "a folder")
+    process, _ = _serve(tmp_path, settings.run_dir)
+    process.kill()
+    async with open_store(settings, role="keys") as client:
+        assert await client.ping()
+    process.wait()
 
 
 async def test_a_command_starts_the_store_for_the_moment_when_nothing_runs(tmp_path):

@@ -1,10 +1,11 @@
 """The runtimes that the contract suite runs against: one entry in `RUNTIMES` for each."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.ids import new_id
@@ -50,11 +51,68 @@ async def docker_runtimes(folder: Path) -> AsyncIterator[RuntimeUnderTest]:
             await runtime.close()
 
 
-RUNTIMES: dict[str, Callable[[Path], AbstractAsyncContextManager[RuntimeUnderTest]]] = {"docker": docker_runtimes}
+@asynccontextmanager
+async def local_runtimes(folder: Path) -> AsyncIterator[RuntimeUnderTest]:
+    from orchestrator.runtimes.local import LocalRuntime
+
+    link_dir = folder / "link"
+    link_dir.mkdir()
+    not_a_folder = folder / "file"
+    not_a_folder.touch()
+    runtimes = RuntimeUnderTest(
+        runtime=LocalRuntime(folder / "workspaces", link_dir),
+        successor=LocalRuntime(folder / "workspaces", link_dir),
+        neighbour=LocalRuntime(folder / "neighbour", link_dir),
+        broken=LocalRuntime(not_a_folder, link_dir),
+    )
+    try:
+        yield runtimes
+    finally:
+        for workspace_id in await runtimes.successor.list_workspaces():
+            await runtimes.successor.stop(workspace_id, grace_s=0)
+        forgotten = processes_in(folder)
+        for process in forgotten:
+            process.kill()
+        assert not forgotten, "a process that no list of workspaces shows"
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Those that work in it, also when it is deleted."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cwd().startswith(f"{folder}/") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+RUNTIMES: dict[str, Callable[[Path], AbstractAsyncContextManager[RuntimeUnderTest]]] = {
+    "local": local_runtimes,
+    "docker": docker_runtimes,
+}
+
+
+# What a runtime does not keep yet: not run, because it would harm the other tests, and shown as expected failures.
+BREACHES = {
+    (
+        "local",
+        "test_stopping_what_is_no_id_touches_nothing_else",
+    ): "stop removes whatever folder the id's path leads to",
+    (
+        "local",
+        "test_an_id_that_is_in_use_is_refused_and_the_workspace_that_has_it_goes_on",
+    ): "the running one is removed",
+    (
+        "local",
+        "test_a_workspace_stopped_while_it_starts_is_gone_when_stop_returns_and_stays_gone",
+    ): "now and then a sidecar stays behind, without a folder",
+}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.docker] * (name == "docker")) for name in RUNTIMES])
 async def under_test(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RuntimeUnderTest]:
+    if breach := BREACHES.get((request.param, request.node.originalname)):
+        request.applymarker(pytest.mark.xfail(run=False, reason=breach))
     async with RUNTIMES[request.param](tmp_path) as runtimes:
         yield runtimes
 

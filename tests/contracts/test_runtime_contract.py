@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-from orchestrator.errors import RuntimeUnavailable
 from orchestrator.ids import new_id
 from orchestrator.runtimes.base import WorkspaceStartFailed, WorkspaceState
 
@@ -54,6 +53,14 @@ async def test_several_callers_may_stop_a_workspace_at_once_and_each_finds_it_go
 async def test_an_unknown_id_is_gone_and_stopping_it_is_success(under_test, unknown):
     assert (await under_test.runtime.status(unknown)).state is GONE
     await under_test.runtime.stop(unknown, grace_s=0)
+
+
+async def test_stopping_what_is_no_id_touches_nothing_else(under_test, spec):
+    await under_test.runtime.start(spec)
+    for not_an_id in ("", ".", "..", f"{spec.workspace_id}/../{spec.workspace_id}"):
+        await under_test.runtime.stop(not_an_id, grace_s=0)
+
+    assert (await under_test.runtime.status(spec.workspace_id)).state is RUNNING
 
 
 async def test_a_start_that_fails_says_why_and_leaves_nothing_behind(under_test, spec):
@@ -124,7 +131,5 @@ async def test_ten_workspaces_start_and_stop_at_once_and_nothing_stays(under_tes
     assert await under_test.runtime.list_workspaces() == {}
 
 
-async def test_check_passes_when_workspaces_can_be_started_and_says_what_is_missing_when_not(under_test):
+async def test_check_passes_when_workspaces_can_be_started(under_test):
     await under_test.runtime.check()
-    with pytest.raises(RuntimeUnavailable, match=r"\w{3,}"):
-        await under_test.broken.check()

@@ -113,6 +113,16 @@ async def test_the_link_folder_may_be_a_volume_that_the_control_plane_shares(spe
 
 
 @pytest.mark.docker
+async def test_check_says_how_to_get_an_image_that_is_missing(link_dir, spec):
+    runtime = make_runtime(link_dir, image="code-sessions/no-such-image:never")
+    with pytest.raises(RuntimeUnavailable, match="script/build-images"):
+        await runtime.check()
+    with pytest.raises(WorkspaceStartFailed, match="script/build-images"):
+        await runtime.start(spec)
+    await runtime.close()
+
+
+@pytest.mark.docker
 async def test_a_removed_network_is_made_anew(link_dir, new_spec, engine):
     name = new_id("net").replace("_", "-")
     runtime = make_runtime(link_dir, network=name)

@@ -31,7 +31,8 @@ def dockerfile_for(plan: Plan, src: Path, base_image: str) -> str:
         "WORKDIR /app/src",
     ]
     if plan.venv:
-        lines.append('RUN ["python3", "-m", "venv", "/app/venv"]')
+        pip = () if any(step[0] == "pip" for step in plan.build) else ("--without-pip",)
+        lines.append(_run(("python3", "-m", "venv", *pip, "/app/venv")))
     early = _early_steps(plan, src)
     for step, names in early:
         lines += [f"COPY --chown=app:app {json.dumps([*names, './'])}", _run(step)]

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import psutil
 
@@ -21,6 +21,8 @@ from deploy_pipeline.errors import BuildFailed
 
 MARK: Final = "CODE_SESSIONS_RELEASE"
 _PIECE_BYTES: Final = 64 * 1024
+_POLL_S: Final = 0.05
+_LAST_OUTPUT_S: Final = 1.0  # for what is still in the pipe when everybody who wrote to it is gone
 _START_TOLERANCE_S: Final = 2.0
 _KILL_ROUNDS: Final = 50  # each 100 ms: a process that forks while it is being killed needs several
 
@@ -68,51 +70,57 @@ async def run_step(
     shown = shown or " ".join(command)
     log.say(f"$ {shown}")
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            cwd=cwd,
-            env=env,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
+        child, output = _started_with_pipe(command, cwd, env)
     except OSError as error:
         raise BuildFailed(f"`{shown}` could not be started: {error.strerror}") from error
+    copying = asyncio.create_task(_copy(output, log))
     try:
         async with asyncio.timeout(timeout_s):
-            await _drain(process, log)
-            status = await process.wait()
+            # asyncio's own wait() goes on until the pipe is closed, which a process in the background can hold open
+            # for ever (python/cpython#119710).
+            while (status := child.poll()) is None:  # noqa: ASYNC110 - there is no event
+                await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise BuildFailed(f"`{shown}` took longer than {timeout_s:.0f} s and was stopped.") from None
     finally:
         # Also after success: what a step leaves running in the background is no part of a release.
-        await asyncio.shield(asyncio.to_thread(kill_release, env[MARK], process.pid, grace_s=0))
+        await asyncio.shield(asyncio.to_thread(kill_release, env[MARK], child.pid, grace_s=0))
+        await asyncio.wait({copying}, timeout=_LAST_OUTPUT_S)
+        copying.cancel()
+        child.poll()
     if status != 0:
         how = f"was ended by {_signal_name(-status)}" if status < 0 else f"failed with status {status}"
         raise BuildFailed(f"`{shown}` {how}.")
 
 
-async def _drain(process: asyncio.subprocess.Process, log: BuildLog) -> None:
-    """Until the step itself ends: a background process that keeps the pipe open must not hold the build up."""
-    stdout = process.stdout
-    if stdout is None:
-        raise AssertionError("started with a pipe")
-
-    async def copy() -> None:
-        while data := await stdout.read(_PIECE_BYTES):
-            log.write(data)
-
-    copying = asyncio.create_task(copy())
-    ended = asyncio.create_task(process.wait())
+def _started_with_pipe(
+    command: tuple[str, ...], cwd: Path, env: dict[str, str]
+) -> tuple[subprocess.Popen[bytes], BinaryIO]:
+    """The process, and the reading end of what it and all below it write."""
+    read, write = os.pipe()
     try:
-        await asyncio.wait({copying, ended}, return_when=asyncio.FIRST_COMPLETED)
-        await ended
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(copying, 0.5)
+        child = subprocess.Popen(  # noqa: S603 - the owner's command, as an argument list
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=write, stderr=write, start_new_session=True
+        )
+    except OSError:
+        os.close(read)
+        raise
     finally:
-        copying.cancel()
-        ended.cancel()
+        os.close(write)
+    return child, os.fdopen(read, "rb", buffering=0)
+
+
+async def _copy(output: BinaryIO, log: BuildLog) -> None:
+    """Until every writer has closed the pipe, or this is cancelled."""
+    reader = asyncio.StreamReader(limit=_PIECE_BYTES)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), output
+    )
+    try:
+        while data := await reader.read(_PIECE_BYTES):
+            log.write(data)
+    finally:
+        transport.close()
 
 
 def spawn(command: tuple[str, ...], *, cwd: Path, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -163,7 +171,7 @@ def kill_release(deployment_id: str, leader: int = 0, *, grace_s: float = STOP_G
         if not left:
             return
         _signal_all(left, signal.SIGKILL)
-        psutil.wait_procs(left, timeout=0.1)
+        time.sleep(0.1)  # not psutil's wait: it would take the exit status away from whoever started the process
 
 
 def marked(is_wanted: Callable[[str], bool], leader: int = 0) -> list[psutil.Process]:

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import textwrap
 
-from conftest import ORG, Pipeline, children_of_release, running_worker
+from conftest import ORG, Pipeline, children_of_release, is_gone, running_worker
 
 from deploy_pipeline.builders.processes import MARK
 from deploy_pipeline.jobs import DeploymentState, Stage
@@ -110,10 +110,10 @@ async def test_a_release_that_does_not_get_healthy_fails_with_its_log_and_the_ol
 
 
 async def test_a_broken_build_fails_with_the_builds_output(local):
-    done = await local.deploy({"main.py": "", "requirements.txt": "no-such-package-here-0 == 99\n"})
+    done = await local.deploy({"package.json": '{"scripts": {"build": "echo oh no; exit 7", "start": "x"}}'})
     assert done.state is DeploymentState.FAILED
-    assert "pip install" in done.reason
-    assert "no-such-package-here-0" in "\n".join(done.log_tail)
+    assert done.reason == "`npm run build` failed with status 7."
+    assert "oh no" in done.log_tail
     assert not local.folder(done).exists()
 
 
@@ -158,7 +158,7 @@ async def test_processes_that_left_their_group_are_ended_with_their_release(loca
     async with asyncio.timeout(10):
         while children_of_release(first.id):
             await asyncio.sleep(0.1)
-    assert not escaped[0].is_running()
+    assert is_gone(escaped[0])
 
 
 async def test_only_the_last_three_healthy_releases_keep_their_files(local):
@@ -230,7 +230,7 @@ async def test_a_build_whose_worker_is_killed_is_done_by_the_next_one_and_leaves
         done = await pipeline.settled(deployment, within_s=30)
         assert (done.state, done.reason) == (DeploymentState.RUNNING, "")
         assert await pipeline.fetch(done) == (200, "built")
-        assert not any(process.is_running() for process in hanging)
+        assert all(is_gone(process) for process in hanging)
         await worker.releases.remove_app(done.app_id)
 
 
@@ -257,3 +257,18 @@ async def test_what_a_crash_left_of_an_ended_deployment_is_cleared_away(local):
     await local.worker._reconcile()
     assert await asyncio.to_thread(orphan.wait, 5) != 0
     assert not left.exists()
+
+
+async def test_a_build_that_takes_too_long_is_ended_with_all_that_it_started(local):
+    local.worker._runtime._build_timeout_s = 2
+    escape = "(setsid sleep 1001 &) ; sleep 1002"
+    files = {"Procfile": "web: x", "deploy.toml": f'build = "{escape}"'}
+    done = await local.deploy(files)
+    assert "took longer than" in done.reason
+    assert children_of_release(done.id) == []
+
+
+async def test_a_step_that_leaves_something_in_the_background_does_not_hold_the_build_up(local):
+    done = await local.deploy({"index.html": "hi", "deploy.toml": 'build = "sleep 1003 & echo started"'})
+    assert done.state is DeploymentState.RUNNING
+    assert children_of_release(done.id) == []

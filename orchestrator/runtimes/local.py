@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import psutil
 
@@ -36,23 +37,30 @@ _LOG_TAIL_BYTES: Final = 2000
 class LocalRuntime(WorkspaceRuntime):
     def __init__(self, workspaces_dir: Path, link_socket_dir: Path) -> None:
         self._dir, self._link_socket_dir = workspaces_dir, link_socket_dir
+        # One change of a workspace at a time: a stop comes before or after a start, never into its middle.
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def check(self) -> None:
         """Processes can always be started here."""
 
     async def start(self, spec: WorkspaceSpec) -> None:
-        # Not interruptible half-way: it takes milliseconds, and what it made is then on record.
-        started = asyncio.get_running_loop().run_in_executor(None, self._start, spec)
-        try:
-            await asyncio.shield(started)
-        except asyncio.CancelledError:
-            with suppress(WorkspaceStartFailed):
-                await started
-            await self.stop(spec.workspace_id, grace_s=0)
-            raise
-        except WorkspaceStartFailed:
-            await self.stop(spec.workspace_id, grace_s=0)
-            raise
+        async with self._lock(spec.workspace_id):
+            try:
+                (self._dir / spec.workspace_id).mkdir(parents=True, mode=0o700)
+            except OSError as error:  # somebody's folder stands there, perhaps a running workspace's
+                raise WorkspaceStartFailed(f"cannot make the workspace's folder: {error}") from error
+            # A thread cannot be interrupted, so a cancelled start ends before it is undone. It takes milliseconds.
+            started = asyncio.get_running_loop().run_in_executor(None, self._start, spec)
+            try:
+                await asyncio.shield(started)
+            except BaseException:
+                await asyncio.wait({started})
+                started.exception()
+                await self._stop_in_thread(spec.workspace_id, 0)
+                raise
+
+    def _lock(self, workspace_id: str) -> asyncio.Lock:
+        return self._changing.setdefault(workspace_id, asyncio.Lock())
 
     def _start(self, spec: WorkspaceSpec) -> None:
         folder = self._dir / spec.workspace_id
@@ -69,7 +77,6 @@ class LocalRuntime(WorkspaceRuntime):
             "CODE_SESSIONS_USER": "",
         }
         try:
-            folder.mkdir(parents=True, mode=0o700)
             with (folder / "sidecar.log").open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-m", "sidecar"],
@@ -92,7 +99,14 @@ class LocalRuntime(WorkspaceRuntime):
             raise WorkspaceStartFailed(str(error)) from error
 
     async def stop(self, workspace_id: str, *, grace_s: float) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._stop, workspace_id, grace_s)
+        if not is_id(workspace_id, "ws"):
+            return  # nothing of ours has such a name, and it may lead anywhere
+        async with self._lock(workspace_id):
+            await self._stop_in_thread(workspace_id, grace_s)
+
+    async def _stop_in_thread(self, workspace_id: str, grace_s: float) -> None:
+        stopping = asyncio.get_running_loop().run_in_executor(None, self._stop, workspace_id, grace_s)
+        await asyncio.shield(stopping)
 
     def _stop(self, workspace_id: str, grace_s: float) -> None:
         folder = self._dir / workspace_id

@@ -92,27 +92,8 @@ RUNTIMES: dict[str, Callable[[Path], AbstractAsyncContextManager[RuntimeUnderTes
 }
 
 
-# What a runtime does not keep yet: not run, because it would harm the other tests, and shown as expected failures.
-BREACHES = {
-    (
-        "local",
-        "test_stopping_what_is_no_id_touches_nothing_else",
-    ): "stop removes whatever folder the id's path leads to",
-    (
-        "local",
-        "test_an_id_that_is_in_use_is_refused_and_the_workspace_that_has_it_goes_on",
-    ): "the running one is removed",
-    (
-        "local",
-        "test_a_workspace_stopped_while_it_starts_is_gone_when_stop_returns_and_stays_gone",
-    ): "now and then a sidecar stays behind, without a folder",
-}
-
-
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.docker] * (name == "docker")) for name in RUNTIMES])
 async def under_test(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RuntimeUnderTest]:
-    if breach := BREACHES.get((request.param, request.node.originalname)):
-        request.applymarker(pytest.mark.xfail(run=False, reason=breach))
     async with RUNTIMES[request.param](tmp_path) as runtimes:
         yield runtimes
 

@@ -107,11 +107,15 @@ class SidecarLink:
         self.closed = asyncio.Event()
 
     async def run_appends(self) -> None:
-        """Append what arrives, in order, and acknowledge it; until cancelled."""
-        while True:
-            while not self._queue:
+        """Append what arrives, in order, and acknowledge it; until the link is `lost`.
+
+        Not until cancelled: before Python 3.12 `asyncio.wait_for`, somewhere below, may swallow a cancellation.
+        """
+        while not self.closed.is_set():
+            if not self._queue:
                 self._queue_changed.clear()
                 await self._queue_changed.wait()
+                continue
             batch, size = [self._queue.popleft()], 0
             while self._queue and size < _APPEND_BYTES:
                 size += len(batch[-1].data)
@@ -122,7 +126,7 @@ class SidecarLink:
 
     async def _append(self, batch: list[Record]) -> None:
         retry_s = _RETRY_FIRST_S
-        while True:
+        while not self.closed.is_set():
             try:
                 appended = await self._store.append(self.session_id, batch)
                 break
@@ -130,6 +134,8 @@ class SidecarLink:
                 log.warning("append failed, trying again", session_id=self.session_id, error=str(error))
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, _RETRY_MAX_S)
+        else:
+            return  # the sidecar sends it again over its next link
         if appended.complete:
             await self._send({"t": "ack", "seq": batch[-1].seq})
             await self._on_appended(self.session_id, batch)
@@ -269,6 +275,7 @@ class SidecarLink:
     def lost(self) -> None:
         """The connection is gone: whoever waits for an answer is told."""
         self.closed.set()
+        self._queue_changed.set()
         for future in self._requests.values():
             if not future.done():
                 future.set_exception(LinkLost())

@@ -105,13 +105,15 @@ class LinkEndpoint:
         await socket.send_str(encode_json(welcome))
         await self._hub.attach(link)
         async with asyncio.TaskGroup() as tasks:
-            appends = tasks.create_task(link.run_appends())
-            await self._on_linked(link.session_id)
-            async for message in socket:
-                if message.type not in {WSMsgType.TEXT, WSMsgType.BINARY}:
-                    break
-                await link.receive(message.data)
-            appends.cancel()
+            tasks.create_task(link.run_appends())
+            try:
+                await self._on_linked(link.session_id)
+                async for message in socket:
+                    if message.type not in {WSMsgType.TEXT, WSMsgType.BINARY}:
+                        break
+                    await link.receive(message.data)
+            finally:
+                link.lost()
 
     async def _resume_after(self, link: SidecarLink, hello: JsonObject) -> int:
         first, last = integer(hello, "firstSeq"), integer(hello, "lastSeq")

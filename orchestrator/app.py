@@ -110,8 +110,8 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         )
 
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        app[SETTINGS], app[REGISTRY], app[LIFECYCLE] = settings, registry, lifecycle
-        app[TERMINALS], app[DEPLOYMENTS] = terminals, service
+        app[SETTINGS], app[REGISTRY], app[LIFECYCLE], app[TERMINALS] = settings, registry, lifecycle, terminals
+        app[DEPLOYMENTS] = service
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
         for module in (sessions, terminal, deployments):
@@ -130,13 +130,10 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         stack.push_async_callback(tasks.close)
         stack.push_async_callback(hub.close)
         await stack.enter_async_context(_api_listener(listener, app))
-        for work, name in (
-            (lifecycle.reconcile_forever(), "reconcile"),
-            (hub.watch_store(), "watch store"),
-            (service.archive_forever(), "archive"),
-            (service.sweep_forever(), "sweep deployments"),
-        ):
-            tasks.start(work, name=name)
+        tasks.start(lifecycle.reconcile_forever(), name="reconcile")
+        tasks.start(hub.watch_store(), name="watch store")
+        tasks.start(service.archive_forever(), name="archive")
+        tasks.start(service.sweep_forever(), name="sweep deployments")
         yield ControlPlane(first_key)
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Final
 
 import structlog
+
+_CANCEL_AGAIN_S: Final = 0.2
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +29,15 @@ class TaskOwner:
 
     async def close(self) -> None:
         """Cancel all and wait for them."""
-        tasks = list(self._tasks)
-        for task in tasks:
+        await end_tasks(*self._tasks)
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel and wait until they are done: again and again, since before Python 3.12 a cancellation that meets the end
+    of an `asyncio.wait_for` is swallowed.
+    """
+    left = {task for task in tasks if task is not asyncio.current_task()}
+    while left:
+        for task in left:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)

@@ -17,6 +17,7 @@ from deploy_pipeline.worker import Worker, WorkerConfig
 from orchestrator.app import ControlPlane, control_plane, installation_id, listen, open_store, wait_for_store
 from orchestrator.settings import Settings
 from orchestrator.store.connection import StoreClient
+from orchestrator.tasks import end_tasks
 
 log = structlog.get_logger(__name__)
 
@@ -133,8 +134,7 @@ async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(task)
 
 
 def _stop_on_signals() -> asyncio.Event:

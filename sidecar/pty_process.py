@@ -34,16 +34,17 @@ class PtyProcess:
         Raises:
             OSError: the shell is missing or cannot be executed, or there are no more PTYs or processes.
         """
-        shell = env["SHELL"]
-        return cls(
-            ptyprocess.PtyProcess.spawn(
-                [shell, "-l"],
-                cwd=str(cwd if cwd.is_dir() else home),
-                env=env,
-                preexec_fn=lambda: become(user),
-                dimensions=(rows, cols),
-            )
-        )
+
+        def prepare() -> None:
+            # As the user: our root, which lacks CAP_DAC_OVERRIDE, cannot enter a home that its owner closed.
+            become(user)
+            for folder in (cwd, home, "/"):
+                with suppress(OSError):
+                    os.chdir(folder)
+                    return
+
+        shell = [env["SHELL"], "-l"]
+        return cls(ptyprocess.PtyProcess.spawn(shell, env=env, preexec_fn=prepare, dimensions=(rows, cols)))
 
     def read(self) -> tuple[bytes, bool]:
         """All output there is now, up to a budget, and whether the PTY is at its end. Never blocks."""

@@ -217,3 +217,12 @@ async def test_hanging_up_ends_the_shell_and_its_foreground_job(watched):
     assert await watched.terminal.hang_up(patience_s=3)
     assert RecordKind.EXIT in watched.kinds
     assert signal.SIGHUP.name.encode() in watched.records[-1].data or b"exitCode" in watched.records[-1].data
+
+
+async def test_a_project_folder_that_is_gone_does_not_keep_a_new_shell_from_starting(tmp_path):
+    watched = Watched(tmp_path)
+    watched.terminal._project_dir = tmp_path / "no-such-folder"
+    watched.terminal.start()
+    await watched.run("pwd")
+    assert str(tmp_path / "home").encode() in watched.output
+    await watched.terminal.hang_up(patience_s=3)

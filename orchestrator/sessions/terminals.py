@@ -6,6 +6,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -116,15 +117,20 @@ class Terminals:
         deadline = time.monotonic() + wait_s
         session = await self._registry.get(organization_id, session_id)
         with self._hub.waiting(session_id) as event:
+            woken = False
             while True:
                 event.clear()
                 page = await self._store.read(session_id, after=after, limit=limit)
                 left_s = deadline - time.monotonic()
                 if page.records or left_s <= 0 or session.status.ended:
                     return Output(page, after)
+                if woken:  # by something else than output: its end, perhaps
+                    session = await self._registry.get(organization_id, session_id)
+                    if session.status.ended:
+                        continue  # its last output may have come in between
                 # An append on another replica is not seen here; look again before long.
                 await _wait(event, min(left_s, 0.25 if self._hub.link(session_id) is None else 5.0))
-                session = await self._registry.get(organization_id, session_id)
+                woken = True
 
     async def archive(self, session: Session, result: JsonObject) -> AsyncIterator[bytes]:
         """The workspace as a zip; facts about it are in `result` at the end.
@@ -155,12 +161,15 @@ class Terminals:
                 raise _domain_error(refused) from refused
 
     async def _link(self, session: Session, waiting_s: float) -> SidecarLink:
+        ended = SessionEnded(f"code session {session.id} has ended")
+
         async def still_wanted() -> None:
             current = await self._registry.find(session.id)
             if current is None or current.ended:
-                raise SessionEnded(f"code session {session.id} has ended")
+                raise ended
 
-        await still_wanted()
+        if session.ended:
+            raise ended
         link = await self._hub.link_within(session.id, waiting_s, still_wanted)
         if link is None:
             raise TerminalUnavailable("the workspace is not connected right now")
@@ -168,10 +177,9 @@ class Terminals:
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 def _domain_error(refused: RequestRefused) -> Exception:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import structlog
@@ -80,10 +80,9 @@ class Hub:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return None
-                try:
-                    await asyncio.wait_for(event.wait(), min(left_s, 0.5))
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(left_s, 0.5)):
+                        await event.wait()
 
     async def watch_store(self) -> None:
         """Until cancelled: when the store was restarted it may have lost its last moments, so every link goes back to

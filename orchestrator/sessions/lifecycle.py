@@ -112,8 +112,12 @@ class SessionLifecycle:
     async def _still_there(self, session: Session) -> None:
         """
         Raises:
-            WorkspaceStartFailed: it is not, with the reason.
+            WorkspaceStartFailed: it is not, with the reason; or the session's end was decided meanwhile.
         """
+        # Also by another replica; and before Python 3.12 our own cancellation may be swallowed by `asyncio.wait_for`.
+        current = await self._registry.find(session.id)
+        if current is None or current.ended:
+            raise WorkspaceStartFailed("the session has ended")
         status = await self._runtime.status(session.workspace_id)
         if status.state is not WorkspaceState.RUNNING:
             raise WorkspaceStartFailed(status.reason or "its sidecar ended at once")

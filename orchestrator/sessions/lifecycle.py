@@ -8,6 +8,7 @@ import secrets
 import time
 import unicodedata
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import structlog
@@ -97,10 +98,12 @@ class SessionLifecycle:
         try:
             async with asyncio.timeout(self._create_timeout_s):
                 await self._runtime.start(spec)
-                await self._hub.link_within(session.id, self._create_timeout_s, lambda: self._still_there(session))
+                still_there = partial(self._still_there, session)
+                if await self._hub.link_within(session.id, self._create_timeout_s, still_there) is None:
+                    raise TimeoutError  # noqa: TRY301 - `asyncio.timeout`'s own may be swallowed, before 3.12
                 await self._until_running(session.id)
         except TimeoutError:
-            await self.fail(session.id, f"the terminal did not come up within {self._create_timeout_s:.0f} s")
+            await self.fail(session.id, f"the terminal did not come up within {self._create_timeout_s:g} s")
         except (WorkspaceStartFailed, RuntimeUnavailable) as error:
             await self.fail(session.id, f"the workspace could not be started: {error}")
         except RedisError:

@@ -111,7 +111,8 @@ class SessionLifecycle:
                 if session is None or session.ended or session.status is not SessionStatus.CREATING:
                     return
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(event.wait(), 0.5)
+                    async with asyncio.timeout(0.5):
+                        await event.wait()
 
     async def end(self, organization_id: str, session_id: str) -> None:
         """Return when all of the workspace is gone and the session says `completed`; ended already is success.

@@ -12,10 +12,13 @@ import pytest
 from platformdirs import user_data_dir
 
 import orchestrator.app
+from deploy_pipeline import jobs
+from orchestrator import models
 from orchestrator.access.scopes import Scope
 from orchestrator.api import problems
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings
+from sidecar import protocol
 from tests.end_to_end.harness import ADMIN_KEY, Client, Serve
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +130,25 @@ def _literal_codes(source):
     return re.findall(r'\bcode="([a-z-]+)"', source.read_text())
 
 
+def test_the_architecture_page_has_the_lifecycles_and_the_links_messages_as_they_are():
+    page = (ROOT / "docs/architecture.md").read_text()
+    for heading, table in (("session is", models.ALLOWED), ("deployment is", jobs.ALLOWED)):
+        rows = _rows(re.search(rf"^\| {heading}.*?\n\n", page, re.MULTILINE | re.DOTALL)[0])
+        assert {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows} == {
+            str(state): {str(to) for to in allowed} for state, allowed in table.items()
+        }
+    named = re.findall(r"^  (\w+) +(?:\{|id,|one or more|bytes)", protocol.__doc__, re.MULTILINE)
+    assert {"hello", "RECORDS", "welcome", "INPUT", "cancel"} <= set(named)
+    assert set(named) == set(re.findall(r"^\| (?:sidecar|control plane) \| `?(\w+)", page, re.MULTILINE))
+
+
+def test_the_architecture_page_names_every_key_of_the_store():
+    page = (ROOT / "docs/architecture.md").read_text()
+    for source in [*(ROOT / "orchestrator").rglob("*.py"), *(ROOT / "deploy_pipeline").rglob("*.py")]:
+        for key in re.findall(r'"((?:cs|deploy):[a-z:{-]+)', source.read_text()):
+            assert f"`{key.rstrip('{:')}" in page, f"{key} of {source}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_relative_link_leads_to_a_file(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
@@ -134,6 +156,7 @@ def test_every_relative_link_leads_to_a_file(document):
             assert (document.parent / target.partition("#")[0]).exists(), target
 
 
+@pytest.mark.timeout(300)
 async def test_script_server_of_a_clean_clone_shows_a_key_once_and_a_tour_that_works_and_starts_again_at_once(tmp_path):
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)

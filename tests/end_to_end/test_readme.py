@@ -6,7 +6,6 @@ import re
 import subprocess
 import time
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 from platformdirs import user_data_dir
@@ -20,15 +19,9 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings
 from sidecar import protocol
 from tests.end_to_end.harness import ADMIN_KEY, Client, Serve
+from tests.end_to_end.tour import ROOT, assert_the_tour_went_through, paste, readme_tour, section
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOUR_S = 120
-
-
-def _section(title):
-    return re.search(rf"^#+ {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)[1]
 
 
 def _rows(text):
@@ -37,46 +30,15 @@ def _rows(text):
     return [row for row in rows if len(row) > 1 and re.match(r"`|\d", row[0])]
 
 
-def _tour(api, key):
-    """The tour's blocks as they are written, with the two values that a reader sets."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", _section("The tour"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    values = {"API": api, "KEY": key}
-    settings, count = re.subn(
-        r"(?m)^export (API|KEY)=.*$", lambda line: f"export {line[1]}={values[line[1]]}", blocks[0]
-    )
-    assert count == 2
-    return "".join([settings, *blocks[1:]])
-
-
-def _paste(commands, cwd, **environment):
-    """What bash prints for commands that arrive on its standard input."""
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(cwd), "LANG": "C.UTF-8", **environment}
-    shell = subprocess.run(
-        ["bash"], input=commands, text=True, capture_output=True, cwd=cwd, env=environment, timeout=TOUR_S, check=False
-    )
-    assert shell.stderr == "", shell
-    assert shell.returncode == 0, shell
-    return shell.stdout
-
-
-def _assert_the_tour_went_through(printed):
-    assert re.search(r"^cs_\w+$", printed, re.MULTILINE), printed
-    assert '{"sent":true,"bytes":' in printed, printed
-    assert "six times seven is 42" in printed, printed
-    assert "\nrunning\n" in printed, printed
-    assert printed.endswith("<title>Tour</title>\n<h1>Typed through a terminal</h1>\n204\n"), printed
-
-
 def test_the_tour_runs_as_it_is_written(shared_serve, tmp_path):
-    _assert_the_tour_went_through(_paste(_tour(f"{shared_serve.origin}/api/v1", ADMIN_KEY), tmp_path))
+    assert_the_tour_went_through(paste(readme_tour(f"{shared_serve.origin}/api/v1", ADMIN_KEY), tmp_path))
 
 
 def test_every_setting_stands_in_the_table_with_its_default(monkeypatch):
     for name in [name for name in os.environ if name.startswith("CODE_SESSIONS_")]:
         monkeypatch.delenv(name)
     defaults = {f"CODE_SESSIONS_{name.upper()}": _written(value) for name, value in Settings()}
-    documented = {row[0].strip("`"): row[1] for row in _rows(_section("Settings"))}
+    documented = {row[0].strip("`"): row[1] for row in _rows(section("Settings"))}
     assert documented.pop("CODE_SESSIONS_DATA_DIR") == "the platform's user data folder"
     assert defaults.pop("CODE_SESSIONS_DATA_DIR") == f"`{user_data_dir('code-sessions')}`"
     assert documented == defaults
@@ -105,7 +67,7 @@ async def test_every_route_stands_in_the_table_with_its_scope(redis, tmp_path, m
             if route.method != "HEAD"
         }
     assert len(found) == 1
-    assert {row[0]: row[1].strip("`") for row in _rows(_section("The API")) if row[0][1].isupper()} == routes
+    assert {row[0]: row[1].strip("`") for row in _rows(section("The API")) if row[0][1].isupper()} == routes
 
 
 def _scope_of(handler):
@@ -120,7 +82,7 @@ def test_every_error_code_is_documented_with_its_status():
         classes += below
         known |= {(error.status, error.code) for error in below if error.__module__.startswith("orchestrator.")}
     known |= {(status, problems._code_and_title(status)[0]) for status in problems._STABLE}
-    documented = [(int(row[0]), row[1].strip("`")) for row in _rows(_section("Errors")) if row[0].isdigit()]
+    documented = [(int(row[0]), row[1].strip("`")) for row in _rows(section("Errors")) if row[0].isdigit()]
     assert sorted(documented) == sorted(known)
     for code in {code for source in (ROOT / "orchestrator/api").glob("*.py") for code in _literal_codes(source)}:
         assert code in dict(map(reversed, documented)), code
@@ -167,7 +129,7 @@ async def test_script_server_of_a_clean_clone_shows_a_key_once_and_a_tour_that_w
         key = re.search(r"shown only this once.*\n\n  (\S+)\n", welcome)[1]
         assert f"listens on {serve.origin} " in welcome
 
-        printed = _paste(_printed_tour(welcome), tmp_path)
+        printed = paste(_printed_tour(welcome), tmp_path)
         assert "Hello from" in re.sub(r"echo Hello from", "", printed), printed
 
         async with Client(serve.origin, key) as client:

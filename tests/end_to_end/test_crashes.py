@@ -8,6 +8,7 @@ import time
 import aiohttp
 import pytest
 
+from tests.end_to_end.conftest import on_both_runtimes
 from tests.end_to_end.harness import Answer
 
 
@@ -35,6 +36,7 @@ async def _poll_through(client, session, done, timeout_s=120):
     return text
 
 
+@on_both_runtimes("serve")
 async def test_a_poller_that_only_retries_reads_every_line_once_when_serve_is_killed_in_the_middle(serve):
     async with serve.client() as client:
         session = await client.create("flood")
@@ -68,6 +70,7 @@ async def test_the_store_killed_in_the_middle_of_a_flood_loses_nothing(serve):
     assert numbers == [str(number) for number in range(1, 300_001)]
 
 
+@on_both_runtimes("serve")
 async def test_a_restart_is_ready_within_three_seconds_and_knows_sessions_keys_output_and_apps(serve):
     async with serve.client() as client:
         answer = await client.call("POST", "code-sessions", {"projectName": "kept", "projectDescription": "d"})

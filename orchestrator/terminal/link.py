@@ -256,7 +256,8 @@ class SidecarLink:
 
     async def _cancel_unless_done(self, request_id: int, future: "asyncio.Future[JsonObject]") -> None:
         self._forget(request_id)
-        if not future.done() and not self.closed.is_set():
+        answered = future.done() and not future.cancelled()  # who stops waiting cancels the future, too
+        if not answered and not self.closed.is_set():
             await self._send({"t": "cancel", "id": request_id})
 
     def _forget(self, request_id: int) -> None:

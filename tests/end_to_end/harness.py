@@ -80,6 +80,17 @@ class Serve:
     def client(self, key=ADMIN_KEY):
         return Client(self.origin, key)
 
+    def store(self, timeout_s=10):
+        """The embedded store's process."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    if process.name() == "valkey-server":
+                        return process
+            time.sleep(0.05)
+        raise AssertionError("no store runs")
+
     def processes(self):
         """Every process that belongs to this data folder: store, sidecars, what they started, applications."""
         found = []

@@ -130,10 +130,10 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         stack.push_async_callback(tasks.close)
         stack.push_async_callback(hub.close)
         await stack.enter_async_context(_api_listener(listener, app))
-        tasks.start(lifecycle.reconcile_forever(), name="reconcile")
-        tasks.start(hub.watch_store(), name="watch store")
-        tasks.start(service.archive_forever(), name="archive")
-        tasks.start(service.sweep_forever(), name="sweep deployments")
+        tasks.keep(lifecycle.reconcile_forever, name="reconcile")
+        tasks.keep(hub.watch_store, name="watch store")
+        tasks.keep(service.archive_forever, name="archive")
+        tasks.keep(service.sweep_forever, name="sweep deployments")
         yield ControlPlane(first_key)
 
 

@@ -75,7 +75,7 @@ class Link:
         self._socket: WebSocket | None = None
         self._welcomed = False
         self._batches: deque[int] = deque()  # the last seq of each batch in flight
-        self._heard_at = 0.0
+        self._said = ""
         self._requests: dict[int, asyncio.Task[None]] = {}
         self._credits: dict[int, _Credit] = {}
         self.shutdown_requested = asyncio.Event()
@@ -94,9 +94,9 @@ class Link:
                         self.shutdown_requested.set()
                         self.drained.set()
                         return
-                    _say(f"{url}: {refused}")
+                    self._say(f"{url}: {refused}")
                 except (OSError, EOFError, ProtocolError, ResumeImpossible, TimeoutError) as error:
-                    _say(f"{url}: {type(error).__name__}: {error}")
+                    self._say(f"{url}: {type(error).__name__}: {error}")
                 if time.monotonic() - connected_at > _BACKOFF_MAX_S:
                     backoff_s = _BACKOFF_FIRST_S
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, no secret
@@ -113,7 +113,6 @@ class Link:
     async def _one_connection(self, url: str) -> None:
         headers = {"Authorization": f"Bearer {self._config.token}", "X-Session-Id": self._config.session_id}
         socket = await asyncio.wait_for(WebSocket.connect(url, headers), _HANDSHAKE_S)
-        self._heard_at = time.monotonic()
         heartbeat = asyncio.create_task(self._heartbeat(socket))
         try:
             socket.send_text(encode_json(self._hello()))
@@ -126,9 +125,7 @@ class Link:
             self._terminal.room()
             self.pump()
             while True:
-                message = await socket.receive()
-                self._heard_at = time.monotonic()
-                self._dispatch(socket, message)
+                self._dispatch(socket, await socket.receive())
         finally:
             self._socket, self._welcomed = None, False
             heartbeat.cancel()
@@ -152,8 +149,8 @@ class Link:
     async def _heartbeat(self, socket: WebSocket) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if time.monotonic() - self._heard_at > 3 * HEARTBEAT_S:
-                _say("nothing heard from the control plane: dialling again")
+            if time.monotonic() - socket.heard_at_s > 3 * HEARTBEAT_S:
+                self._say("nothing heard from the control plane: dialling again")
                 socket.abort()
                 return
             socket.ping()
@@ -228,7 +225,7 @@ class Link:
             del self._requests[request_id]
         self._credits.pop(request_id, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _say(f"request {request_id} failed: {type(error).__name__}: {error}")
+            self._say(f"request {request_id} failed: {type(error).__name__}: {error}")
             if self._socket is not None:
                 facts = {"code": "internal-error", "detail": type(error).__name__}
                 self._socket.send_text(encode_json({"t": "error", "id": request_id, **facts}))
@@ -265,6 +262,12 @@ class Link:
                 await pieces.aclose()  # type: ignore[attr-defined]
         return archive.facts
 
+    def _say(self, text: str) -> None:
+        """To standard error, which the runtime keeps for the operator; a long outage is told once, not every second."""
+        if text != self._said:
+            self._said = text
+            print(f"sidecar: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the sidecar's log
+
     async def close(self) -> None:
         if self._socket is not None:
             await self._socket.close()
@@ -275,8 +278,3 @@ async def _receive_text(socket: WebSocket) -> str:
     if not isinstance(message, str):
         raise ProtocolError("a text message was expected")
     return message
-
-
-def _say(text: str) -> None:
-    """To standard error, which the runtime keeps: what went wrong with the link, for the operator."""
-    print(f"sidecar: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the sidecar's log

@@ -105,8 +105,9 @@ class OutputLog:
 
     def acknowledge(self, seq: int) -> None:
         """Everything up to `seq` is durably appended."""
-        if seq > self.sent_seq:
-            raise ResumeImpossible(f"acknowledged {seq}, but only {self.sent_seq} were sent")
+        if seq > self.last_seq:
+            raise ResumeImpossible(f"acknowledged {seq}, but there are only {self.last_seq}")
+        self.sent_seq = max(self.sent_seq, seq)  # sent before a resume that crossed the acknowledgement
         for record in self._from(self.acknowledged_seq + 1):
             if record.seq > seq:
                 break

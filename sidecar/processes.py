@@ -84,7 +84,11 @@ class Reaper:
         self._loop = asyncio.get_running_loop()
         self._watched: dict[int, asyncio.Future[int]] = {}
         # Not `loop.add_signal_handler`: uvloop keeps SIGCHLD for itself.
-        signal.signal(signal.SIGCHLD, lambda *_: self._loop.call_soon_threadsafe(self._reap))
+        self._before = signal.signal(signal.SIGCHLD, lambda *_: self._loop.call_soon_threadsafe(self._reap))
+
+    def close(self) -> None:
+        """Leave children to whoever looked after them before."""
+        signal.signal(signal.SIGCHLD, self._before)
 
     def watch(self, pid: int) -> asyncio.Future[int]:
         """A future of the exit code of this child, negative for a signal. To be called right after the fork."""

@@ -10,6 +10,7 @@ import hashlib
 import os
 import ssl as tls
 import struct
+import time
 from typing import Final, Self
 from urllib.parse import urlsplit
 
@@ -39,6 +40,7 @@ class WebSocket:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self.heard_at_s = time.monotonic()  # when the last frame came, a ping or a pong included
 
     @classmethod
     async def connect(cls, url: str, headers: dict[str, str]) -> Self:
@@ -128,6 +130,7 @@ class WebSocket:
     async def _read_frame(self) -> tuple[int, bytes]:
         try:
             first, second = await self._reader.readexactly(2)
+            self.heard_at_s = time.monotonic()
             if first & 0x70 or second & _MASKED:
                 raise ProtocolError("a WebSocket frame with reserved bits, or masked by a server")
             length = second

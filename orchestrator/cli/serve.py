@@ -20,7 +20,7 @@ from deploy_pipeline.worker import Worker, WorkerConfig
 from orchestrator.app import ControlPlane, control_plane, installation_id, listen, open_store, wait_for_store
 from orchestrator.settings import Settings
 from orchestrator.store.connection import StoreClient
-from orchestrator.tasks import end_tasks
+from orchestrator.tasks import end_tasks, keep_running
 
 log = structlog.get_logger(__name__)
 
@@ -87,7 +87,8 @@ async def _serve(settings: Settings) -> None:
             apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
             settings = settings.model_copy(update={"gateway_port": apps.getsockname()[1]})
             await stack.enter_async_context(_gateway(apps, redis))
-            await stack.enter_async_context(_running(_worker(settings, await installation_id(redis), redis).run()))
+            worker = _worker(settings, await installation_id(redis), redis)
+            await stack.enter_async_context(_running(keep_running(worker.run, name="deploy worker")))
         plane = await stack.enter_async_context(control_plane(settings, redis, api))
         print(_welcome(settings, plane), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
         await stopping.wait()
@@ -101,7 +102,8 @@ async def _work(settings: Settings) -> None:
         redis = await _until(stopping, _ready_store(stack, settings))
         if redis is None:
             return
-        await stack.enter_async_context(_running(_worker(settings, await installation_id(redis), redis).run()))
+        worker = _worker(settings, await installation_id(redis), redis)
+        await stack.enter_async_context(_running(keep_running(worker.run, name="deploy worker")))
         log.info("worker ready")
         await stopping.wait()
 

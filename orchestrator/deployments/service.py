@@ -15,6 +15,7 @@ from orchestrator.errors import AppNotFound, DeploymentNotFound, SessionEnded, T
 from orchestrator.models import Session
 from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.sessions.terminals import Terminals
+from orchestrator.tasks import end_tasks
 from orchestrator.terminal.link import LinkLost, RequestRefused
 from sidecar.protocol import JsonObject
 
@@ -131,11 +132,10 @@ class Deployments:
             raise
         except Exception:
             log.exception("archiving failed", deployment_id=claim.deployment_id)
-            await self._fail(claim, "the control plane could not archive the workspace")
+            with suppress(RedisError):
+                await self._fail(claim, "the control plane could not archive the workspace")
         finally:
-            for task in (renewing, working):
-                task.cancel()
-            await asyncio.gather(renewing, working, return_exceptions=True)
+            await end_tasks(renewing, working)
 
     async def _renew(self, claim: Claim) -> None:
         """Until the claim is lost."""

@@ -18,7 +18,7 @@ from orchestrator.ids import is_id, new_id
 from orchestrator.models import Session, SessionStatus
 from orchestrator.runtimes.base import WorkspaceRuntime, WorkspaceSpec, WorkspaceStartFailed, WorkspaceState
 from orchestrator.sessions.registry import SessionRegistry, now_ms
-from orchestrator.tasks import TaskOwner
+from orchestrator.tasks import TaskOwner, end_tasks
 from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused, started_or_exited
 from orchestrator.terminal.link_endpoint import LinkRefused
@@ -155,9 +155,8 @@ class SessionLifecycle:
         if session is None or session.ending_as is None:
             return
         provisioning = self._provisioning.get(session_id)
-        if provisioning is not None and provisioning is not asyncio.current_task():
-            provisioning.cancel()
-            await asyncio.wait([provisioning])
+        if provisioning is not None:
+            await end_tasks(provisioning)
         link = self._hub.link(session_id)
         if link is not None:
             with suppress(LinkLost, RequestRefused, TimeoutError):

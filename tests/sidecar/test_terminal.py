@@ -27,7 +27,8 @@ class Watched:
         }
         env |= {"PS1": "$ ", "LANG": "C.UTF-8"}
         (home / ".bash_profile").write_text("PS1='$ '\nbind 'set enable-bracketed-paste off' 2>/dev/null\n")
-        self.terminal = Terminal(self.log, Reaper(), User.current(), home=home, project_dir=home, env=env)
+        self.reaper = Reaper()
+        self.terminal = Terminal(self.log, self.reaper, User.current(), home=home, project_dir=home, env=env)
         self.terminal.on_output = self.take
         self.records = []
         self.away = False
@@ -54,6 +55,10 @@ class Watched:
     def kinds(self):
         return [record.kind for record in self.records if record.kind is not RecordKind.OUTPUT]
 
+    async def end(self):
+        await self.terminal.hang_up(patience_s=3)
+        self.reaper.close()
+
     async def until(self, condition, timeout_s=15):
         async with asyncio.timeout(timeout_s):
             while not condition():
@@ -73,7 +78,7 @@ async def watched(tmp_path):
     await watched.until(lambda: b"$ " in watched.output)
     yield watched
     watched.back()
-    await watched.terminal.hang_up(patience_s=3)
+    await watched.end()
 
 
 async def test_the_shell_is_a_login_shell_on_a_terminal_of_80_by_24(watched):
@@ -199,6 +204,7 @@ async def test_while_nobody_takes_the_output_the_program_waits_and_nothing_is_lo
     await watched.until(lambda: RecordKind.EXIT in watched.kinds)
     numbers = [line for line in watched.output.decode().split("\r\n") if line.isdigit()]
     assert numbers == [str(number) for number in range(1, 100_001)]
+    await watched.end()
 
 
 async def test_a_program_that_never_reads_is_told_with_how_much_was_written(watched, monkeypatch):
@@ -225,4 +231,4 @@ async def test_a_project_folder_that_is_gone_does_not_keep_a_new_shell_from_star
     watched.terminal.start()
     await watched.run("pwd")
     assert str(tmp_path / "home").encode() in watched.output
-    await watched.terminal.hang_up(patience_s=3)
+    await watched.end()

@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
@@ -21,6 +24,7 @@ from orchestrator.tasks import end_tasks, keep_running
 
 log = structlog.get_logger(__name__)
 
+STUCK_THREADS_S: Final = 1.0
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -51,6 +55,23 @@ def _run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
         asyncio.run(work)
     else:
         uvloop.run(work)
+    _leave_stuck_threads()
+
+
+def _leave_stuck_threads() -> None:
+    """End although a call to an engine that does not answer is under way, for which Python would wait a minute.
+
+    Everything else is closed by now, and what the engine was asked for is found again by its labels.
+    """
+    give_up_at = time.monotonic() + STUCK_THREADS_S
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0, give_up_at - time.monotonic()))
+            if thread.is_alive():
+                logging.shutdown()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
 
 
 async def _serve(settings: Settings) -> None:

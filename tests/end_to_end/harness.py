@@ -101,6 +101,11 @@ class Serve:
                     found.append(process)
         return found
 
+    def remove_all(self):
+        """Whatever a failed test left behind."""
+        for process in self.processes():
+            process.kill()
+
 
 class Answer:
     def __init__(self, status, headers, body):

@@ -248,7 +248,8 @@ class SessionLifecycle:
             except Exception:
                 log.exception("reconciliation failed")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._unfinished.wait(), RECONCILE_S)
+                async with asyncio.timeout(RECONCILE_S):
+                    await self._unfinished.wait()
                 await asyncio.sleep(RETRY_S)
             self._unfinished.clear()
 

@@ -102,7 +102,7 @@ class Worker:
             await self._runtime.close()
 
     async def _take_jobs(self, consumer: str) -> None:
-        while True:
+        while not _cancelling():
             try:
                 claim = await self._queue.take(Stage.BUILD, consumer, block_s=_BLOCK_S)
                 if claim is not None:
@@ -242,7 +242,7 @@ class Worker:
             await self.releases.retire(app_id, deployment_id)
 
     async def _every(self, interval_s: float, step: Callable[[], Awaitable[None]], name: str) -> None:
-        while True:
+        while not _cancelling():
             try:
                 await step()
             except (RedisError, OSError, EngineUnavailable, DeployFailed) as error:
@@ -256,6 +256,15 @@ def make_runtime(config: WorkerConfig) -> Runtime:
             app_image=config.app_image, installation=config.installation, gateway_container=config.gateway_container
         )
     return LocalRuntime(config.apps_dir)
+
+
+def _cancelling() -> bool:
+    """Whether this task was cancelled and something below swallowed it, as `asyncio.wait_for` may before Python 3.12.
+
+    A task group cancels its tasks once and then waits for them.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -30,6 +30,7 @@ STOP_GRACE_S: Final = 2.0
 LINK_LOST_CHECKS_S: Final = (0.3, 1.0, 3.0)  # after a lost link: is the workspace still there?
 RECONCILE_S: Final = 30.0
 TAKE_BACK_S: Final = 0.5
+RETRY_S: Final = 3.0  # after the engine was out of reach while there was something to remove
 _DIR_NAME_MAX: Final = 64
 
 log = structlog.get_logger(__name__)
@@ -49,6 +50,7 @@ class SessionLifecycle:
         self._create_timeout_s = create_timeout_s
         self._provisioning: dict[str, asyncio.Task[None]] = {}
         self._finishing: dict[str, asyncio.Task[None]] = {}
+        self._unfinished = asyncio.Event()  # an end has to be tried again
         self._unknown: set[str] = set()  # workspaces without a session, as the last reconciliation saw them
 
     async def create(self, *, organization_id: str, user_id: str, name: str, description: str) -> Session:
@@ -133,7 +135,8 @@ class SessionLifecycle:
                 if session is None or session.ended or session.status is not SessionStatus.CREATING:
                     return
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(event.wait(), 0.5)
+                    async with asyncio.timeout(0.5):
+                        await event.wait()
 
     async def end(self, organization_id: str, session_id: str) -> None:
         """Return when all of the workspace is gone and the session says `completed`; ended already is success.
@@ -183,7 +186,11 @@ class SessionLifecycle:
                 async with asyncio.timeout(SHUTDOWN_S):
                     await link.request("shutdown")
                     await link.closed.wait()
-        await self._runtime.stop(session.workspace_id, grace_s=STOP_GRACE_S)
+        try:
+            await self._runtime.stop(session.workspace_id, grace_s=STOP_GRACE_S)
+        except RuntimeUnavailable:
+            self._unfinished.set()
+            raise
         await self._registry.move(session_id, session.ending_as)
         self._hub.changed(session_id)
         log.info("session ended", session_id=session_id, status=session.ending_as)
@@ -243,7 +250,11 @@ class SessionLifecycle:
                 log.warning("reconciliation put off", reason=str(error))
             except Exception:
                 log.exception("reconciliation failed")
-            await asyncio.sleep(RECONCILE_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RECONCILE_S):
+                    await self._unfinished.wait()
+                await asyncio.sleep(RETRY_S)
+            self._unfinished.clear()
 
     async def reconcile(self) -> None:
         """Compare the store with the runtime, both ways, and finish what was left half-done."""

@@ -1,40 +1,16 @@
 """Kill it anywhere: nothing is lost, nothing is doubled, and everything is known again afterwards."""
 
 import asyncio
-import contextlib
 import re
 import time
 
-import aiohttp
 import pytest
 
-from tests.end_to_end.harness import Answer
+from tests.end_to_end.conftest import on_both_runtimes
+from tests.end_to_end.polling import poll_through, retrying
 
 
-async def _retrying(client, method, path, body=None, headers=None) -> Answer:
-    """A caller that knows nothing but to try again."""
-    while True:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            answer = await client.call(method, path, body, headers=headers, timeout_s=10)
-            if answer.status < 500:
-                return answer
-        await asyncio.sleep(0.05)
-
-
-async def _poll_through(client, session, done, timeout_s=120):
-    text, after, seqs = "", 0, []
-    async with asyncio.timeout(timeout_s):
-        while not done(text):
-            answer = await _retrying(client, "GET", f"{session.path}/output?afterSeq={after}&wait=2")
-            assert answer.status == 200, answer
-            assert not answer.json.get("truncated")
-            seqs += [chunk["seq"] for chunk in answer.json["chunks"]]
-            text += "".join(chunk["text"] for chunk in answer.json["chunks"])
-            after = answer.json["lastSeq"]
-    assert seqs == list(range(1, len(seqs) + 1))
-    return text
-
-
+@on_both_runtimes("serve")
 async def test_a_poller_that_only_retries_reads_every_line_once_when_serve_is_killed_in_the_middle(serve):
     async with serve.client() as client:
         session = await client.create("flood")
@@ -42,7 +18,7 @@ async def test_a_poller_that_only_retries_reads_every_line_once_when_serve_is_ki
         # Slowly enough to be killed three times in the middle, each time with output on its way.
         await session.send("seq 1 300000 | while mapfile -n 5000 -t a && ((${#a[@]})); do printf '%s\\n' \"${a[@]}\"; ")
         await session.send("sleep 0.05; done; echo all-''done\n")
-        polling = asyncio.create_task(_poll_through(client, session, lambda text: "all-done" in text))
+        polling = asyncio.create_task(poll_through(client, session, lambda text: "all-done" in text))
         for _ in range(3):
             await asyncio.sleep(0.7)
             serve.restart()
@@ -57,7 +33,7 @@ async def test_the_store_killed_in_the_middle_of_a_flood_loses_nothing(serve):
         await session.run("stty -echo; PS1=; bind 'set enable-bracketed-paste off'")
         await session.send("seq 1 300000 | while mapfile -n 5000 -t a && ((${#a[@]})); do printf '%s\\n' \"${a[@]}\"; ")
         await session.send("sleep 0.05; done; echo all-''done\n")
-        polling = asyncio.create_task(_poll_through(client, session, lambda text: "all-done" in text))
+        polling = asyncio.create_task(poll_through(client, session, lambda text: "all-done" in text))
         for _ in range(2):
             await asyncio.sleep(1)
             serve.store().kill()
@@ -66,6 +42,7 @@ async def test_the_store_killed_in_the_middle_of_a_flood_loses_nothing(serve):
     assert numbers == [str(number) for number in range(1, 300_001)]
 
 
+@on_both_runtimes("serve")
 async def test_a_restart_is_ready_within_three_seconds_and_knows_sessions_keys_output_and_apps(serve):
     async with serve.client() as client:
         answer = await client.call("POST", "code-sessions", {"projectName": "kept", "projectDescription": "d"})
@@ -99,7 +76,7 @@ async def test_input_with_an_idempotency_key_is_typed_once_though_serve_is_kille
         session = await client.create("once")
         await session.run("stty -echo; PS1=")
         sending = asyncio.create_task(
-            _retrying(
+            retrying(
                 client,
                 "POST",
                 f"{session.path}/input",

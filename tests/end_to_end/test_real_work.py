@@ -1,6 +1,9 @@
 """A day's work in one session, by input and polling alone."""
 
+from tests.end_to_end.conftest import on_both_runtimes
 from tests.end_to_end.harness import fetch
+
+pytestmark = on_both_runtimes("shared_serve")
 
 APP = r"""cat > app.py <<'EOF'
 from flask import Flask

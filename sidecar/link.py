@@ -217,6 +217,10 @@ class Link:
             except Refused as refused:
                 facts = {"code": refused.code, "detail": refused.detail, "facts": refused.facts}
                 socket.send_text(encode_json({"t": "error", "id": request_id, **facts}))
+            except Exception as error:  # noqa: BLE001 - a request that fails must not take the terminal with it
+                self._say(f"request {request_id} failed: {type(error).__name__}: {error}")
+                facts = {"code": "internal-error", "detail": type(error).__name__}
+                socket.send_text(encode_json({"t": "error", "id": request_id, **facts}))
 
         task = asyncio.get_running_loop().create_task(answer())
         self._requests[request_id] = task
@@ -226,11 +230,6 @@ class Link:
         if self._requests.get(request_id) is task:
             del self._requests[request_id]
         self._credits.pop(request_id, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._say(f"request {request_id} failed: {type(error).__name__}: {error}")
-            if self._socket is not None:
-                facts = {"code": "internal-error", "detail": type(error).__name__}
-                self._socket.send_text(encode_json({"t": "error", "id": request_id, **facts}))
 
     async def _input(self, key: str, data: bytes) -> JsonObject:
         return {"bytes": await self._terminal.write(key, data)}
@@ -238,8 +237,8 @@ class Link:
     async def _operation(self, socket: WebSocket, request: JsonObject) -> JsonObject:
         name, args = request.get("op"), request.get("args") or {}
         if name == "start":
-            self._terminal.start(args.get("cols"), args.get("rows"))
-        elif name == "resize":
+            return {"seq": self._terminal.start(args.get("cols"), args.get("rows"))}
+        if name == "resize":
             self._terminal.resize(integer(args, "cols"), integer(args, "rows"))
         elif name == "signal":
             self._terminal.signal(str(args.get("signal")))

@@ -83,10 +83,14 @@ class OutputLog:
             self._waiting_since_ms = now_ms
         self._waiting += data
 
-    def note(self, kind: RecordKind, facts: JsonObject) -> None:
-        """Number a record that is no output, after all output so far (an unfinished character included)."""
+    def note(self, kind: RecordKind, facts: JsonObject) -> int:
+        """Number a record that is no output, after all output so far; its seq.
+
+        At an EXIT an unfinished character comes out before it, else it waits on for its rest.
+        """
         self._number_waiting(final=kind is RecordKind.EXIT)
         self._append(kind, encode_json(facts).encode(), self._clock_ms())
+        return self.last_seq
 
     def take_batch(self, *, max_bytes: int = BATCH_BYTES) -> list[Record]:
         """The next records to send, numbering what waits; at most about `max_bytes`. Empty: there is nothing."""

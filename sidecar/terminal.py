@@ -61,8 +61,8 @@ class Terminal:
     def running(self) -> bool:
         return not self._ended.is_set()
 
-    def start(self, cols: int | None = None, rows: int | None = None) -> None:
-        """Start a shell.
+    def start(self, cols: int | None = None, rows: int | None = None) -> int:
+        """Start a shell; the seq of the record that says so.
 
         Raises:
             Refused: `terminal-running`, or `terminal-start-failed`.
@@ -85,10 +85,11 @@ class Terminal:
         self._pty = pty
         self._shell_number += 1
         self._ended.clear()
-        self._log.note(RecordKind.START, {"cols": self._size[0], "rows": self._size[1]})
+        seq = self._log.note(RecordKind.START, {"cols": self._size[0], "rows": self._size[1]})
         self._read_while_there_is_room()
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise(pty, exited))
         self.on_output()
+        return seq
 
     def room(self) -> None:
         """The log may have room again."""

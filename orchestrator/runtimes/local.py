@@ -121,7 +121,7 @@ class LocalRuntime(WorkspaceRuntime):
         else:
             below = _tree(sidecar) if sidecar is not None else []
         deadline = time.monotonic() + _KILL_S
-        while left := [process for process in {*below, *_marked(workspace_id)} if _alive(process)]:
+        while left := [process for process in {*below, *_marked(workspace_id, folder)} if _alive(process)]:
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     below += _tree(process)
@@ -191,12 +191,15 @@ def _tree(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def _marked(workspace_id: str) -> list[psutil.Process]:
-    """Every process that carries the workspace's mark: also those that left their parent and their session."""
+def _marked(workspace_id: str, folder: Path) -> list[psutil.Process]:
+    """Every process that carries the workspace's mark, and orphans that work in its folder: those that left their
+    parent, their session and even their environment. Not everybody in the folder: the operator may look around there.
+    """
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(_MARK) == workspace_id:
+            is_marked = process.environ().get(_MARK) == workspace_id
+            if is_marked or (process.ppid() == 1 and Path(process.cwd()).is_relative_to(folder)):
                 found.append(process)
     return found
 

@@ -25,7 +25,7 @@ from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused, SidecarLink
 from orchestrator.terminal.output_store import OutputStore, Page
-from sidecar.protocol import JsonObject
+from sidecar.protocol import JsonObject, integer
 
 CREATE_PATIENCE_S: Final = 60.0  # how long a call waits for a terminal that is being created
 LINK_PATIENCE_S: Final = 10.0  # and for one whose link is being made again
@@ -92,11 +92,13 @@ class Terminals:
             SessionNotFound, SessionEnded, TerminalRunning, TerminalUnavailable: as named.
         """
         session = await self._registry.get(organization_id, session_id)
-        before = await self._store.last_seq(session_id)
-        await self._with_link(session, lambda link: link.request("start", **size), REQUEST_S)
+        answer = await self._with_link(session, lambda link: link.request("start", **size), REQUEST_S)
+        started_seq = integer(answer, "seq")
+        deadline = time.monotonic() + REQUEST_S
         with self._hub.waiting(session_id) as event:
-            deadline = time.monotonic() + REQUEST_S
-            while await self._store.last_seq(session_id) == before and time.monotonic() < deadline:
+            while await self._store.last_seq(session_id) < started_seq:
+                if time.monotonic() > deadline:
+                    raise TerminalUnavailable("the shell was started, but its record did not reach the store in time")
                 event.clear()
                 await _wait(event, 0.2)
         return await self._store.terminal_state(session_id)

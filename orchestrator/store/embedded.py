@@ -19,6 +19,7 @@ import structlog
 
 from orchestrator.settings import SettingsError
 from orchestrator.store.folders import FolderInUse, FolderLock, private_folder
+from orchestrator.tasks import end_tasks
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2), linux/prctl.h
 _READY_POLL_S: Final = 0.005
@@ -91,8 +92,7 @@ class EmbeddedValkey:
     async def stop(self) -> None:
         """SIGTERM, wait until it is gone, release the folder. Stopping what is not running is fine."""
         if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.wait([self._supervisor])
+            await end_tasks(self._supervisor)
             self._supervisor = None
         await self._end_server()
         self._release()

@@ -99,7 +99,10 @@ class LinkEndpoint:
         return socket
 
     async def _serve(self, socket: web.WebSocketResponse, link: SidecarLink, workspace_id: str) -> None:
-        hello = decode_json(await socket.receive_str(timeout=_HELLO_S))
+        first = await socket.receive(timeout=_HELLO_S)
+        if first.type is not WSMsgType.TEXT:
+            raise ProtocolError("the first message is no hello")
+        hello = decode_json(first.data)
         if hello["t"] != "hello" or integer(hello, "v") != VERSION:
             raise ProtocolError(f"no hello of version {VERSION}")
         if hello.get("sessionId") != link.session_id or hello.get("workspaceId") != workspace_id:

@@ -106,7 +106,7 @@ async def test_input_with_an_idempotency_key_is_typed_once_though_serve_is_kille
 async def test_a_session_whose_sidecar_is_killed_says_so_within_seconds_and_leaves_nothing(serve):
     async with serve.client() as client:
         session = await client.create("doomed")
-        await session.run("sleep 1000 & nohup setsid sleep 1001 >/dev/null 2>&1 & true")
+        await session.run("sleep 1000 & nohup setsid sleep 1001 >/dev/null 2>&1 & (env -i setsid sleep 1002 &); true")
         sidecar = next(process for process in serve.processes() if "sidecar" in process.cmdline())
         sidecar.kill()
         shown = await session.until_status("failed", timeout_s=5)

@@ -18,6 +18,7 @@ from orchestrator.api import problems
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings import Settings
 from sidecar import protocol
+from tests.end_to_end.conftest import on_both_runtimes
 from tests.end_to_end.harness import ADMIN_KEY, Client, Serve
 from tests.end_to_end.tour import ROOT, assert_the_tour_went_through, paste, readme_tour, section
 
@@ -30,6 +31,7 @@ def _rows(text):
     return [row for row in rows if len(row) > 1 and re.match(r"`|\d", row[0])]
 
 
+@on_both_runtimes("shared_serve")
 def test_the_tour_runs_as_it_is_written(shared_serve, tmp_path):
     assert_the_tour_went_through(paste(readme_tour(f"{shared_serve.origin}/api/v1", ADMIN_KEY), tmp_path))
 

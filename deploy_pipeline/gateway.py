@@ -111,12 +111,10 @@ class Gateway:
         if request.content_length is not None:
             headers["Content-Length"] = str(request.content_length)
         try:
-            upstream = await asyncio.wait_for(
-                self.session.request(
+            async with asyncio.timeout(_FIRST_BYTE_S):
+                upstream = await self.session.request(
                     request.method, _url(request, target), headers=headers, data=body, allow_redirects=False
-                ),
-                _FIRST_BYTE_S,
-            )
+                )
         except TimeoutError:
             return _page(request, 504, "No answer", "The application did not answer in time.")
         except aiohttp.ClientConnectorError:

@@ -116,7 +116,8 @@ async def run(config: Config) -> None:
     await terminal.wait_ended(2.0)
     link.pump()
     with suppress(TimeoutError):
-        await asyncio.wait_for(link.drained.wait(), LAST_DRAIN_S)
+        async with asyncio.timeout(LAST_DRAIN_S):
+            await link.drained.wait()
     await link.close()
     dialling.cancel()
 

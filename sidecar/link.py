@@ -112,11 +112,13 @@ class Link:
 
     async def _one_connection(self, url: str) -> None:
         headers = {"Authorization": f"Bearer {self._config.token}", "X-Session-Id": self._config.session_id}
-        socket = await asyncio.wait_for(WebSocket.connect(url, headers), _HANDSHAKE_S)
+        async with asyncio.timeout(_HANDSHAKE_S):
+            socket = await WebSocket.connect(url, headers)
         heartbeat = asyncio.create_task(self._heartbeat(socket))
         try:
             socket.send_text(encode_json(self._hello()))
-            welcome = decode_json(await asyncio.wait_for(_receive_text(socket), _HANDSHAKE_S))
+            async with asyncio.timeout(_HANDSHAKE_S):
+                welcome = decode_json(await _receive_text(socket))
             if welcome["t"] != "welcome" or integer(welcome, "v") != VERSION:
                 raise ProtocolError(f"no welcome of version {VERSION}")
             self._log.resume(integer(welcome, "resumeAfter"))

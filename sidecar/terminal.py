@@ -191,7 +191,8 @@ class Terminal:
                 return
             try:
                 # In pieces, so that a shell that ends meanwhile is noticed.
-                await asyncio.wait_for(pty.writable(), 0.5)
+                async with asyncio.timeout(0.5):
+                    await pty.writable()
             except TimeoutError:
                 if time.monotonic() > deadline:
                     raise Refused(
@@ -239,7 +240,8 @@ class Terminal:
 
     async def wait_ended(self, timeout_s: float) -> bool:
         try:
-            await asyncio.wait_for(self._ended.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._ended.wait()
         except TimeoutError:
             return False
         return True

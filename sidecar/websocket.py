@@ -25,6 +25,7 @@ _MASKED: Final = 0x80
 _NO_MASK: Final = bytes(4)
 _LENGTH_16, _LENGTH_64 = 126, 127
 _CONTROL_MAX_BYTES: Final = 125
+_CLOSE_S: Final = 2.0
 
 
 class HandshakeRefused(Exception):
@@ -179,7 +180,8 @@ class WebSocket:
         self._write_frame(_CLOSE, struct.pack("!H", 1000))
         self._writer.close()
         try:
-            await asyncio.wait_for(self._writer.wait_closed(), 2)
+            async with asyncio.timeout(_CLOSE_S):
+                await self._writer.wait_closed()
         except (OSError, TimeoutError):
             self.abort()
 

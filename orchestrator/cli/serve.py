@@ -17,7 +17,7 @@ from aiohttp import web
 
 from deploy_pipeline.gateway import build_gateway
 from deploy_pipeline.worker import Worker, WorkerConfig
-from orchestrator.app import ControlPlane, control_plane, installation_id, listen, open_store, wait_for_store
+from orchestrator.app import control_plane, installation_id, listen, open_store, wait_for_store
 from orchestrator.settings import Settings
 from orchestrator.store.connection import StoreClient
 from orchestrator.tasks import end_tasks, keep_running
@@ -90,7 +90,7 @@ async def _serve(settings: Settings) -> None:
             worker = _worker(settings, await installation_id(redis), redis)
             await stack.enter_async_context(_running(keep_running(worker.run, name="deploy worker")))
         plane = await stack.enter_async_context(control_plane(settings, redis, api))
-        print(_welcome(settings, plane), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
+        print(_welcome(settings, plane.first_key), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
         await stopping.wait()
         log.info("stopping")
 
@@ -204,29 +204,32 @@ def _configure_logging(level: str) -> None:
     )
 
 
-def _welcome(settings: Settings, plane: ControlPlane) -> str:
-    """Where it is, the first key when it was just made, and a tour to paste."""
-    if plane.first_key is not None:
-        key = f"First API key (all scopes; shown only this once, keep it):\n\n  {plane.first_key}\n"
-        export = f"export KEY={plane.first_key}"
+def _welcome(settings: Settings, first_key: str | None) -> str:
+    """Where it is, the first key when it was just made, and a tour that can be pasted as it is once KEY is right."""
+    if first_key is not None:
+        about = f"The first API key, with all scopes. It is shown only this once, keep it:\n\n  {first_key}"
+        key = first_key
+    elif settings.admin_key is not None:
+        about = "The first API key is the value of CODE_SESSIONS_ADMIN_KEY."
+        key = '"$CODE_SESSIONS_ADMIN_KEY"'
     else:
-        key = "API keys are known already; `code-sessions keys create` makes another one.\n"
-        export = "export KEY=…your key…"
-    url = settings.origin
+        about = f"The first API key was shown at the first start. `{sys.argv[0]} keys` lists, makes and revokes keys."
+        key = "your-key"
     return f"""
-Code Sessions listens on {url} ({settings.runtime} runtime)
+Code Sessions listens on {settings.origin} ({settings.runtime} runtime)
 
-{key}
-A short tour:
+{about}
 
-  {export}
-  export API={url}/api/v1
-  SESSION=$(curl -sS $API/code-sessions -H "X-API-Key: $KEY" -H 'Content-Type: application/json' \\
-    -d '{{"projectName": "hello", "projectDescription": "A first look"}}' | sed 's/.*"sessionId":"\\([^"]*\\)".*/\\1/')
-  curl -sS $API/code-sessions/$SESSION/input -H "X-API-Key: $KEY" -H 'Content-Type: application/json' \\
-    -d '{{"text": "echo Hello from $(hostname)\\n"}}'
-  curl -sS "$API/code-sessions/$SESSION/output?afterSeq=0&wait=5" -H "X-API-Key: $KEY"
-  curl -sS -X DELETE $API/code-sessions/$SESSION -H "X-API-Key: $KEY"
+A short tour to paste into a shell:
 
-README.md goes on from there: the output loop, deploy, Docker.
+  export API={settings.origin}/api/v1
+  export KEY={key}
+  api() {{ curl -sS -H "X-API-Key: $KEY" -H 'Content-Type: application/json' "$@"; }}
+  SESSION=$(api $API/code-sessions -d '{{"projectName": "hello", "projectDescription": "A first look"}}' |
+    sed 's/.*"sessionId":"\\([^"]*\\)".*/\\1/')
+  api $API/code-sessions/$SESSION/input -d '{{"text": "echo Hello from $(hostname)\\n"}}'
+  sleep 1; api $API/code-sessions/$SESSION/output
+  api -X DELETE $API/code-sessions/$SESSION
+
+README.md goes on from there: the output loop, deploying, Docker.
 """

@@ -93,8 +93,12 @@ class Deployments:
 
     async def sweep_forever(self) -> None:
         while True:
-            with suppress(RedisError):
+            try:
                 await self._queue.sweep()
+            except RedisError as error:
+                log.warning("cannot sweep deployments", error=str(error))
+            except Exception:  # one odd record must not end the sweeping of all others for good
+                log.exception("sweeping deployments failed")
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def archive_forever(self) -> None:
@@ -107,6 +111,10 @@ class Deployments:
                     claim = await self._queue.take(Stage.ARCHIVE, self._consumer, block_s=_TAKE_BLOCK_S)
                 except RedisError as error:
                     log.warning("cannot take archive jobs", error=str(error))
+                    await asyncio.sleep(_PAUSE_S)
+                    claim = None
+                except Exception:  # one odd job must not end the archiving of all others for good
+                    log.exception("taking an archive job failed")
                     await asyncio.sleep(_PAUSE_S)
                     claim = None
                 if claim is None:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import psutil
 
 from orchestrator.ids import is_id
 from orchestrator.runtimes.base import (
+    RuntimeUnavailable,
     WorkspaceRuntime,
     WorkspaceSpec,
     WorkspaceStartFailed,
@@ -130,7 +132,9 @@ class LocalRuntime(WorkspaceRuntime):
         if sidecar is not None:
             _reap(sidecar.pid)
         while folder.exists() and time.monotonic() < deadline + _KILL_S:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, onerror=_let_us_in)
+        if folder.exists():
+            raise RuntimeUnavailable(f"the folder of {workspace_id} cannot be removed")
 
     async def status(self, workspace_id: str) -> WorkspaceStatus:
         folder = self._dir / workspace_id
@@ -206,6 +210,14 @@ def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> None:
 def _reap(pid: int) -> None:
     with suppress(ChildProcessError):  # it is our child only when this control plane started it
         os.waitpid(pid, os.WNOHANG)
+
+
+def _let_us_in(_function: object, path: str, _error: object) -> None:
+    """For `rmtree`, which is then called again: a folder's own user may have left it closed or read-only."""
+    for folder in (Path(path), Path(path).parent):
+        with suppress(OSError):
+            if stat.S_ISDIR(folder.lstat().st_mode):
+                folder.chmod(0o700)
 
 
 def _last_line(log: Path) -> str:

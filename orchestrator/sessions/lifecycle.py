@@ -28,6 +28,7 @@ SHUTDOWN_S: Final = 8.0  # for the sidecar: hang up, drain its last output, go
 STOP_GRACE_S: Final = 2.0
 LINK_LOST_CHECKS_S: Final = (0.3, 1.0, 3.0)  # after a lost link: is the workspace still there?
 RECONCILE_S: Final = 30.0
+TAKE_BACK_S: Final = 0.5
 RETRY_S: Final = 3.0  # after the engine was out of reach while there was something to remove
 _DIR_NAME_MAX: Final = 64
 
@@ -73,11 +74,25 @@ class SessionLifecycle:
             updated_at_ms=at_ms,
             link_token_sha256=_hash(token),
         )
-        await self._registry.add(session)
+        try:
+            await self._registry.add(session)
+        except RedisError:
+            # The caller is told that nothing was made; a store that hung carries it out all the same when it goes on.
+            self._tasks.start(self._take_back(session), name=f"take back {session_id}")
+            raise
         task = self._tasks.start(self._provision(session, token), name=f"provision {session_id}")
         self._provisioning[session_id] = task
         task.add_done_callback(lambda _: self._provisioning.pop(session_id, None))
         return session
+
+    async def _take_back(self, session: Session) -> None:
+        while True:
+            await asyncio.sleep(TAKE_BACK_S)
+            with suppress(RedisError):
+                await self._registry.answers()
+                await asyncio.sleep(TAKE_BACK_S)  # so that what was sent before it hung comes before this
+                await self._registry.remove(session)
+                return
 
     async def _provision(self, session: Session, token: str) -> None:
         spec = WorkspaceSpec(session.workspace_id, session.id, session.organization_id, session.project_dir_name, token)
@@ -99,8 +114,12 @@ class SessionLifecycle:
     async def _still_there(self, session: Session) -> None:
         """
         Raises:
-            WorkspaceStartFailed: it is not, with the reason.
+            WorkspaceStartFailed: it is not, with the reason; or the session's end was decided meanwhile.
         """
+        # Also by another replica; and before Python 3.12 our own cancellation may be swallowed by `asyncio.wait_for`.
+        current = await self._registry.find(session.id)
+        if current is None or current.ended:
+            raise WorkspaceStartFailed("the session has ended")
         status = await self._runtime.status(session.workspace_id)
         if status.state is not WorkspaceState.RUNNING:
             raise WorkspaceStartFailed(status.reason or "its sidecar ended at once")
@@ -113,7 +132,8 @@ class SessionLifecycle:
                 if session is None or session.ended or session.status is not SessionStatus.CREATING:
                     return
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(event.wait(), 0.5)
+                    async with asyncio.timeout(0.5):
+                        await event.wait()
 
     async def end(self, organization_id: str, session_id: str) -> None:
         """Return when all of the workspace is gone and the session says `completed`; ended already is success.
@@ -228,7 +248,8 @@ class SessionLifecycle:
             except Exception:
                 log.exception("reconciliation failed")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._unfinished.wait(), RECONCILE_S)
+                async with asyncio.timeout(RECONCILE_S):
+                    await self._unfinished.wait()
                 await asyncio.sleep(RETRY_S)
             self._unfinished.clear()
 

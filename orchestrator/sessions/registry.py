@@ -1,6 +1,7 @@
 """Sessions in the store. A lookup takes the organization and cannot return another one's session."""
 
 import base64
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, fields
@@ -15,6 +16,7 @@ from orchestrator.models import ALLOWED, Session, SessionStatus
 
 _LIVE: Final = "cs:sessions:live"  # set of the ids whose workspace may still exist
 _SCAN: Final = 100
+_CREATED: Final = re.compile(r"[0-9]{1,15}")  # milliseconds, in a cursor
 _INTEGERS: Final = {"created_at_ms", "updated_at_ms"}
 
 
@@ -43,6 +45,18 @@ class SessionRegistry:
             pipe.hset(self._key(session.id), mapping=mapping)
             pipe.zadd(self._index(session.organization_id), {session.id: session.created_at_ms})
             await pipe.execute()
+
+    async def remove(self, session: Session) -> None:
+        """Take back what `add` put there, all of it or some. Live last, as there."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.zrem(self._index(session.organization_id), session.id)
+            pipe.delete(self._key(session.id))
+            pipe.srem(_LIVE, session.id)
+            await pipe.execute()
+
+    async def answers(self) -> None:
+        """Return when the store answers; redis-py's errors otherwise."""
+        await self._redis.ping()
 
     async def get(self, organization_id: str, session_id: str) -> Session:
         """
@@ -141,10 +155,10 @@ def _encode_cursor(session: Session) -> str:
 
 def _decode_cursor(cursor: str) -> tuple[int, str]:
     try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        created, _, session_id = text.partition(":")
-        if is_id(session_id, "cs"):
-            return int(created), session_id
+        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
     except ValueError:
-        pass
+        text = ""
+    created, _, session_id = text.partition(":")
+    if _CREATED.fullmatch(created) and is_id(session_id, "cs"):
+        return int(created), session_id
     raise InvalidRequest("cursor: not a cursor that an earlier answer gave")

@@ -1,8 +1,9 @@
 """The client to Redis or Valkey, and which of its failures mean "try again later"."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from redis import exceptions as redis_errors
 from redis.asyncio import Redis
@@ -34,6 +35,9 @@ _UNAVAILABLE: Final = (
 _UNAVAILABLE_CODES: Final = ("MISCONF", "BUSY", "MASTERDOWN", "NOREPLICAS", "LOADING", "OOM", "CLUSTERDOWN", "TRYAGAIN")
 
 
+T = TypeVar("T")
+
+
 class StoreClient(Redis):
     """redis-py's client, in which a blocking read may take as long as it asked for.
 
@@ -62,6 +66,37 @@ class StoreClient(Redis):
             connection.socket_timeout = socket_timeout_s
 
 
+class _ConnectionRetry(Retry):
+    """Repeats what a broken connection cut off, but not what timed out.
+
+    redis-py reports a handshake without an answer (a server that is stopped or hangs accepts connections all the same)
+    as a ConnectionError. Repeating that one would make `SOCKET_TIMEOUT_S` of waiting into five times as much.
+    """
+
+    def __init__(self) -> None:
+        backoff = ExponentialBackoff(cap=_RETRY_CAP_S, base=_RETRY_BASE_S)
+        super().__init__(backoff, _RETRIES, (redis_errors.ConnectionError,))
+
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[T]],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
+        async def once() -> T:
+            try:
+                return await do()
+            except redis_errors.ConnectionError as error:
+                if not isinstance(error.__cause__, redis_errors.TimeoutError):
+                    raise
+                # Closes the connection: its handshake is half-done.
+                await (fail(error, self.get_retries() + 1) if with_failure_count else fail(error))
+                raise redis_errors.TimeoutError(str(error)) from error
+
+        return await super().call_with_retry(once, fail, is_retryable, with_failure_count)
+
+
 def _block_s(args: tuple[Any, ...]) -> float | None:
     """Seconds that a command may block; 0 for ever, None when it does not block."""
     if args[0] in {"XREAD", "XREADGROUP"}:
@@ -83,14 +118,12 @@ def connect(target: str | Path) -> StoreClient:
     Raises:
         SettingsError: the URL cannot be understood. Its text is not repeated, it may hold a password.
     """
-    # retry_on_timeout's default would repeat what timed out, and make 2 s of waiting into 10.
-    retry = Retry(ExponentialBackoff(cap=_RETRY_CAP_S, base=_RETRY_BASE_S), _RETRIES, (redis_errors.ConnectionError,))
     common: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "socket_timeout": SOCKET_TIMEOUT_S,
         "health_check_interval": _HEALTH_CHECK_S,
         "max_connections": _MAX_CONNECTIONS,
-        "retry": retry,
+        "retry": _ConnectionRetry(),
     }
     if isinstance(target, Path):
         return StoreClient(unix_socket_path=str(target), **common)

@@ -22,6 +22,7 @@ class Hub:
         self._store, self._store_identity = store, store_identity
         self._links: dict[str, SidecarLink] = {}
         self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     def link(self, session_id: str) -> SidecarLink | None:
         return self._links.get(session_id)
@@ -50,8 +51,16 @@ class Hub:
         self._links[link.session_id] = link
         if older is not None:
             older.lost()
-            await older.close("another link of this session came up")
+            # Behind it: the goodbye to a connection that is dead takes seconds, and the new one is to work at once.
+            closing = asyncio.create_task(older.close("another link of this session came up"))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closed)
         self.changed(link.session_id)
+
+    def _closed(self, closing: asyncio.Task[None]) -> None:
+        self._closing.discard(closing)
+        if not closing.cancelled() and (error := closing.exception()) is not None:
+            log.warning("closing an older link failed", error=str(error))
 
     def detach(self, link: SidecarLink) -> bool:
         """The link is gone; whether its session has none now."""
@@ -107,5 +116,6 @@ class Hub:
             return
 
     async def close(self) -> None:
-        for link in list(self._links.values()):
-            await link.close("the control plane stops")
+        """Close all links at the same time: one that does not answer costs the others nothing."""
+        closing = [link.close("the control plane stops") for link in self._links.values()]
+        await asyncio.gather(*closing, *self._closing, return_exceptions=True)

@@ -82,7 +82,10 @@ class LinkEndpoint:
         except (Unavailable, RedisError):
             return web.Response(status=503)
         socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=MAX_MESSAGE_BYTES, compress=False)
-        await socket.prepare(request)
+        try:
+            await socket.prepare(request)
+        except ConnectionError:  # it did not wait for a slow answer of the store's, and dials again
+            return socket
         link = SidecarLink(session_id, _WebSocketTransport(socket), self._store, on_appended=self._on_appended)
         try:
             await self._serve(socket, link, workspace_id)

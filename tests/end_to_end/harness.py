@@ -37,6 +37,7 @@ class Serve:
             "CODE_SESSIONS_ADMIN_KEY": ADMIN_KEY,
             **settings,
         }
+        self.command = [str(Path(sys.executable).with_name("code-sessions")), "serve"]
         self.log = data_dir.parent / f"{data_dir.name}.log"
         self.process = None
 
@@ -46,9 +47,8 @@ class Serve:
 
     def start(self, timeout_s=30.0):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CODE_SESSIONS_")}
-        command = [str(Path(sys.executable).with_name("code-sessions")), "serve"]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment | self.settings, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, env=environment | self.settings, stdout=log, stderr=log)
         deadline = time.monotonic() + timeout_s
         while "listens on" not in self.new_log():
             assert self.process.poll() is None, self.log.read_text()

@@ -46,6 +46,27 @@ async def test_a_command_that_is_not_answered_fails_after_the_socket_timeout(val
         assert await client.set("a", "b")
 
 
+async def test_a_stopped_server_costs_one_socket_timeout_also_where_a_new_connection_is_needed(tmp_path, monkeypatch):
+    """It still accepts connections, whose handshake nobody answers."""
+    monkeypatch.setattr(connection, "SOCKET_TIMEOUT_S", 0.3)
+    socket_path = tmp_path / "silent.sock"
+    connections = []
+
+    async def silent(reader, writer):
+        connections.append(writer)
+        await reader.read()  # until the client hangs up
+        writer.close()
+
+    server = await asyncio.start_unix_server(silent, socket_path)
+    async with server, connect(socket_path) as client:
+        began_s = time.monotonic()
+        results = await asyncio.gather(client.ping(), client.set("a", "b"), return_exceptions=True)
+        assert time.monotonic() - began_s < 0.9
+        assert all(is_unavailable(error) for error in results), results
+        await asyncio.sleep(0.05)
+        assert [writer.is_closing() for writer in connections] == [True, True]
+
+
 async def test_a_dead_socket_fails_within_two_seconds_as_unavailable():
     async with connect(Path("/nonexistent/valkey.sock")) as client:
         began_s = time.monotonic()

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from orchestrator.runtimes.docker_container import (
     ContainerPlan,
     container_name,
     create_body,
+    link_refusal,
     status_of,
 )
 from orchestrator.runtimes.docker_engine import Engine, reason_of
@@ -60,6 +62,7 @@ class DockerRuntime(WorkspaceRuntime):
         self._plan = ContainerPlan(installation=installation, image=image, limits=limits, link_mount=link_mount)
         self._network = network
         self._network_id = ""
+        self._link_checked = False
         self._engine = Engine(timeout_s=CALL_TIMEOUT_S, threads=32)
         self._prompt_engine = Engine(
             timeout_s=CHECK_TIMEOUT_S, threads=2
@@ -72,6 +75,7 @@ class DockerRuntime(WorkspaceRuntime):
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 await self._prompt_engine.call(lambda client: client.inspect_image(self._plan.image))  # type: ignore[no-untyped-call]
+                await self._check_link()
         except ImageNotFound:
             detail = f"The image {self._plan.image} is missing on the Docker engine: run script/build-images"
             raise RuntimeUnavailable(detail) from None
@@ -79,6 +83,14 @@ class DockerRuntime(WorkspaceRuntime):
             raise RuntimeUnavailable(f"The Docker engine is not well: {reason_of(error)}") from error
         except TimeoutError:
             raise RuntimeUnavailable(f"The Docker engine does not answer within {CHECK_TIMEOUT_S:g} s") from None
+
+    async def _check_link(self) -> None:
+        if self._link_checked or not self._plan.link_mount.startswith("/"):
+            return
+        info = await self._prompt_engine.call(lambda client: client.info())
+        if refusal := link_refusal(info.get("SecurityOptions") or [], os.getuid()):
+            raise RuntimeUnavailable(refusal)
+        self._link_checked = True
 
     async def start(self, spec: WorkspaceSpec) -> None:
         if spec.workspace_id in self._starts:

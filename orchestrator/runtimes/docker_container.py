@@ -1,7 +1,7 @@
 """What a workspace's container looks like and what the engine's view of it means. Nothing here talks to the engine."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -123,6 +123,19 @@ def _link_folder(link_mount: str) -> dict[str, Any]:
     if kind == "volume":
         mount["VolumeOptions"] = {"NoCopy": True}
     return mount
+
+
+def link_refusal(security_options: Sequence[str], uid: int) -> str:
+    """Why a container's root, who has no capability to pass over file modes, cannot reach a socket folder that only the
+    user `uid` of this machine may enter; "" when it can. `security_options`: as the engine's info lists them.
+    """
+    names = {option.split(",")[0] for option in security_options}
+    if "name=userns" in names:
+        return "The Docker engine gives containers another root (userns-remap), who cannot reach the link's socket"
+    # A rootless engine's containers have the user that runs it as their root.
+    if uid != 0 and "name=rootless" not in names:
+        return "With the docker runtime `serve` has to run as root (or in a container: see compose.yaml)"
+    return ""
 
 
 def status_of(state: Mapping[str, Any], limits: WorkspaceLimits) -> WorkspaceStatus:

@@ -13,7 +13,7 @@ from orchestrator.errors import RuntimeUnavailable
 from orchestrator.ids import new_id
 from orchestrator.runtimes.base import WorkspaceStartFailed, WorkspaceState
 from orchestrator.runtimes.docker import DockerRuntime
-from orchestrator.runtimes.docker_container import container_name, hostname, status_of
+from orchestrator.runtimes.docker_container import container_name, hostname, link_refusal, status_of
 from orchestrator.runtimes.docker_network import ensure_network
 from orchestrator.settings import Settings, WorkspaceLimits
 
@@ -246,3 +246,18 @@ def test_the_hostname_is_the_project_name_as_far_as_a_hostname_can_be(project, e
 
 def test_a_hostname_stays_short_and_ends_in_a_letter_or_digit():
     assert hostname("a" * 39 + "-" + "b" * 50) == "a" * 39
+
+
+@pytest.mark.parametrize(
+    ("options", "uid", "said"),
+    [
+        (["name=seccomp,profile=default"], 0, ""),
+        (["name=seccomp,profile=default"], 1000, "has to run as root"),
+        (["name=seccomp,profile=default", "name=rootless"], 1000, ""),
+        (["name=seccomp,profile=default", "name=userns"], 0, "userns-remap"),
+    ],
+)
+def test_a_sidecar_that_could_not_reach_the_link_is_said_before_a_session_is_made(options, uid, said):
+    refusal = link_refusal(options, uid)
+    assert said in refusal
+    assert bool(said) == bool(refusal)

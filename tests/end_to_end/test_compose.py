@@ -12,10 +12,12 @@ from pathlib import Path
 
 import docker
 import pytest
+from aiohttp import ClientError
 
 from tests.end_to_end.docker_harness import OnEngine
 from tests.end_to_end.harness import ADMIN_KEY, Client, fetch, free_port
 from tests.end_to_end.polling import poll_through
+from tests.end_to_end.tour import assert_the_tour_went_through, paste, readme_tour
 
 pytestmark = pytest.mark.docker
 ROOT = Path(__file__).parents[2]
@@ -66,8 +68,8 @@ class Stack:
                 try:
                     if (await client.call("GET", "/readyz", timeout_s=5)).status == 200:
                         return
-                except (OSError, TimeoutError, Exception):  # noqa: BLE001 - whatever it is, it is not ready
-                    pass
+                except (OSError, TimeoutError, ClientError):
+                    pass  # not ready
                 await asyncio.sleep(0.2)
 
 
@@ -117,6 +119,11 @@ async def test_the_whole_way_and_a_kill_in_the_middle(stack):
         assert (await session.show())["status"] == "completed"
         assert stack.on_engine.workspaces() == []
         assert (await fetch(deployment["url"]))[0] == 200, "an application outlives its session"
+
+
+async def test_readmes_tour_goes_through_as_it_is_written(stack, tmp_path):
+    printed = await asyncio.to_thread(paste, readme_tour(f"{stack.origin}/api/v1", ADMIN_KEY), tmp_path)
+    assert_the_tour_went_through(printed)
 
 
 def kill_within(container):

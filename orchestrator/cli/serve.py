@@ -8,9 +8,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 import structlog
 from aiohttp import web
@@ -21,6 +21,8 @@ from orchestrator.app import control_plane, installation_id, listen, open_store,
 from orchestrator.settings import Settings
 from orchestrator.store.connection import StoreClient
 from orchestrator.tasks import end_tasks, keep_running
+
+Begin: TypeAlias = Callable[[AsyncExitStack, Settings, StoreClient], Awaitable[None]]
 
 log = structlog.get_logger(__name__)
 
@@ -34,21 +36,22 @@ def run(settings: Settings) -> None:
     Raises:
         SettingsError: the settings cannot be served: a port or the data folder is taken, for example.
     """
-    _run(_serve(settings), settings)
+    _run(settings, _begin_serve)
 
 
 def run_worker(settings: Settings) -> None:
     """`code-sessions worker`."""
-    _run(_work(settings), settings)
+    _run(settings, _begin_worker)
 
 
 def run_gateway(settings: Settings) -> None:
     """`code-sessions gateway`."""
-    _run(_lead(settings), settings)
+    _run(settings, _begin_gateway)
 
 
-def _run(work: Coroutine[Any, Any, None], settings: Settings) -> None:
+def _run(settings: Settings, begin: Begin) -> None:
     _configure_logging(settings.log_level)
+    work = _until_stopped(settings, begin)
     try:
         import uvloop  # noqa: PLC0415 - not on every platform
     except ImportError:
@@ -74,63 +77,58 @@ def _leave_stuck_threads() -> None:
                 os._exit(0)
 
 
-async def _serve(settings: Settings) -> None:
+async def _until_stopped(settings: Settings, begin: Begin) -> None:
+    """Open the store, begin, and end all of it in order at SIGTERM or SIGINT."""
+    stopping = _stop_on_signals()
+    async with AsyncExitStack() as stack:
+        redis = await _until(stopping, _ready_store(stack, settings))
+        if redis is not None:
+            await begin(stack, settings, redis)
+            await stopping.wait()
+            log.info("stopping")
+
+
+async def _begin_serve(stack: AsyncExitStack, settings: Settings, redis: StoreClient) -> None:
     """The control plane; with the embedded store, a deploy worker and the gateway inside."""
-    stopping = _stop_on_signals()
-    async with AsyncExitStack() as stack:
-        redis = await _until(stopping, _ready_store(stack, settings))
-        if redis is None:
-            return
-        api = stack.enter_context(listen(settings.host, settings.port))
-        settings = settings.model_copy(update={"port": api.getsockname()[1]})  # when it was 0
-        if settings.embedded_store:
-            apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
-            settings = settings.model_copy(update={"gateway_port": apps.getsockname()[1]})
-            await stack.enter_async_context(_gateway(apps, redis))
-            worker = _worker(settings, await installation_id(redis), redis)
-            await stack.enter_async_context(_running(keep_running(worker.run, name="deploy worker")))
-        plane = await stack.enter_async_context(control_plane(settings, redis, api))
-        print(_welcome(settings, plane.first_key), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
-        await stopping.wait()
-        log.info("stopping")
-
-
-async def _work(settings: Settings) -> None:
-    """A deploy worker alone."""
-    stopping = _stop_on_signals()
-    async with AsyncExitStack() as stack:
-        redis = await _until(stopping, _ready_store(stack, settings))
-        if redis is None:
-            return
-        worker = _worker(settings, await installation_id(redis), redis)
-        await stack.enter_async_context(_running(keep_running(worker.run, name="deploy worker")))
-        log.info("worker ready")
-        await stopping.wait()
-
-
-async def _lead(settings: Settings) -> None:
-    """The applications' gateway alone."""
-    stopping = _stop_on_signals()
-    async with AsyncExitStack() as stack:
-        redis = await _until(stopping, _ready_store(stack, settings))
-        if redis is None:
-            return
+    api = stack.enter_context(listen(settings.host, settings.port))
+    settings = settings.model_copy(update={"port": api.getsockname()[1]})  # when it was 0
+    if settings.embedded_store:
         apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+        settings = settings.model_copy(update={"gateway_port": apps.getsockname()[1]})
         await stack.enter_async_context(_gateway(apps, redis))
-        log.info("gateway ready", host=settings.gateway_host, port=settings.gateway_port)
-        await stopping.wait()
+        await stack.enter_async_context(_running_worker(settings, redis))
+    plane = await stack.enter_async_context(control_plane(settings, redis, api))
+    print(_welcome(settings, plane.first_key), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
 
 
-def _worker(settings: Settings, installation: str, redis: StoreClient) -> Worker:
+async def _begin_worker(stack: AsyncExitStack, settings: Settings, redis: StoreClient) -> None:
+    await stack.enter_async_context(_running_worker(settings, redis))
+    log.info("worker ready")
+
+
+async def _begin_gateway(stack: AsyncExitStack, settings: Settings, redis: StoreClient) -> None:
+    listener = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
+    await stack.enter_async_context(_gateway(listener, redis))
+    log.info("gateway ready", host=settings.gateway_host, port=settings.gateway_port)
+
+
+@asynccontextmanager
+async def _running_worker(settings: Settings, redis: StoreClient) -> AsyncIterator[None]:
+    """A deploy worker at work meanwhile."""
     config = WorkerConfig(
         runtime=settings.runtime.value,
         data_dir=settings.data_dir.absolute(),
         app_url_template=settings.app_url_template,
         app_image=settings.app_image,
         gateway_container=settings.gateway_container,
-        installation=installation,
+        installation=await installation_id(redis),
     )
-    return Worker(redis, config)
+    worker = Worker(redis, config)
+    task = asyncio.create_task(keep_running(worker.run, name="deploy worker"))
+    try:
+        yield
+    finally:
+        await end_tasks(task)
 
 
 async def _ready_store(stack: AsyncExitStack, settings: Settings) -> StoreClient:
@@ -148,16 +146,6 @@ async def _gateway(listener: socket.socket, redis: StoreClient) -> AsyncIterator
         yield
     finally:
         await runner.cleanup()
-
-
-@asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run it meanwhile; cancelled and awaited at the end."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        await end_tasks(task)
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -15,7 +15,7 @@ from typing import Final, Self
 _PR_CAPBSET_DROP: Final = 24  # prctl(2)
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _OOM_SCORE_ADJ_MAX: Final = b"1000"  # proc(5): the first to go when memory runs out
-_RESET_SIGNALS: Final = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)
+_UNCHANGEABLE_SIGNALS: Final = {signal.SIGKILL, signal.SIGSTOP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,9 @@ def become(user: User) -> None:
     The capability bounding set goes first (it needs CAP_SETPCAP), then the ids: from root to another user the kernel
     clears the permitted and effective sets (capabilities(7)).
     """
-    for number in _RESET_SIGNALS:  # Python ignores SIGPIPE and SIGXFSZ, and ignored signals survive exec
+    # Ignored signals survive exec: Python ignores SIGPIPE and SIGXFSZ, and a shell that starts us in the background may
+    # ignore SIGINT and SIGQUIT.
+    for number in signal.valid_signals() - _UNCHANGEABLE_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(0o022)

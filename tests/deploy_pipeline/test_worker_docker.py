@@ -61,7 +61,12 @@ async def on_docker(redis, queue, gateway, tmp_path, engine):
             await worker.releases.remove_app(app.id)
     assert engine.containers.list(all=True, filters=OURS) == []
     assert engine.networks.list(filters=OURS) == []
-    assert engine.images.list(name="code-sessions-apps/*") == []
+    assert images(engine) == set()
+
+
+def images(engine):
+    """Ids of the images that belong to these tests' applications; others may share the engine."""
+    return {image.id for image in engine.images.list(name="code-sessions-apps/*", filters=OURS)}
 
 
 async def containers(engine):
@@ -93,9 +98,9 @@ async def test_an_unchanged_archive_is_not_built_again_and_the_new_release_takes
     files = {"main.py": SERVER % "one"}
     first = await on_docker.deploy(files)
     assert (first.state, first.reason) == (DeploymentState.RUNNING, "")
-    images = {image.id for image in await asyncio.to_thread(engine.images.list, "code-sessions-apps/*")}
+    before = await asyncio.to_thread(images, engine)
     again = await on_docker.deploy(files)
-    assert {image.id for image in await asyncio.to_thread(engine.images.list, "code-sessions-apps/*")} == images
+    assert await asyncio.to_thread(images, engine) == before
     assert any("used again" in line for line in again.log_tail)
     assert await on_docker.fetch(again) == (200, "release one")
     async with asyncio.timeout(20):
@@ -117,7 +122,7 @@ async def test_a_dockerfile_is_built_as_it_is_and_a_failing_one_leaves_the_old_r
     assert "bye" in crashing.log_tail
     assert await on_docker.fetch(done) == (200, "release mine")
     assert len(await containers(engine)) == 1
-    assert len(await asyncio.to_thread(engine.images.list, "code-sessions-apps/*")) == 1
+    assert len(await asyncio.to_thread(images, engine)) == 1
 
 
 async def test_a_dockerfile_outside_the_project_is_not_read(on_docker):

@@ -145,7 +145,8 @@ async def test_output_waits_for_what_comes_and_answers_as_soon_as_it_is_there(cl
     import time
 
     session = await client.create("waits")
-    await session.run("stty -echo; PS1=")
+    await session.run("stty -echo; PS1=; bind 'set enable-bracketed-paste off'")
+    await session.run("true")
     began = time.monotonic()
     empty = await client.call("GET", f"{session.path}/output?afterSeq={session.after}&wait=0.5")
     assert 0.4 < time.monotonic() - began < 2

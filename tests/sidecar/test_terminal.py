@@ -133,10 +133,15 @@ async def test_ctrl_c_interrupts_what_runs(watched):
     assert b"status-130" in watched.output
 
 
-async def test_programs_see_default_signals(watched):
+async def test_programs_see_default_signals_whatever_their_ancestors_ignored(tmp_path):
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as a script does to what it starts in the background
+    watched = Watched(tmp_path)
+    watched.terminal.start()
+    signal.signal(signal.SIGQUIT, before)
     await watched.run("trap; yes | head -1; echo ${PIPESTATUS[0]}")
     assert b"141" in watched.output  # 128 + SIGPIPE: not ignored
     assert b"trap --" not in watched.output
+    await watched.end()
 
 
 async def test_a_resize_reaches_the_program_and_stands_in_the_log(watched):

@@ -97,13 +97,20 @@ class SessionLifecycle:
 
     async def _provision(self, session: Session, token: str) -> None:
         spec = WorkspaceSpec(session.workspace_id, session.id, session.organization_id, session.project_dir_name, token)
+        started = False
         try:
             async with asyncio.timeout(self._create_timeout_s):
                 await self._runtime.start(spec)
+                started = True
                 still_there = partial(self._still_there, session)
                 if await self._hub.link_within(session.id, self._create_timeout_s, still_there) is None:
                     raise TimeoutError  # noqa: TRY301 - `asyncio.timeout`'s own may be swallowed, before 3.12
                 await self._until_running(session.id)
+        except asyncio.CancelledError:
+            if not started:  # this process stops; had a DELETE cancelled it, its end would be decided already
+                reason = "the control plane was stopped while the workspace was being created"
+                await self._registry.begin_end(session.id, SessionStatus.FAILED, reason=reason)
+            raise
         except TimeoutError:
             await self.fail(session.id, f"the terminal did not come up within {self._create_timeout_s:g} s")
         except (WorkspaceStartFailed, RuntimeUnavailable) as error:

@@ -66,7 +66,9 @@ async def on_docker(redis, queue, gateway, tmp_path, engine):
 
 def images(engine):
     """Ids of the images that belong to these tests' applications; others may share the engine."""
-    return {image.id for image in engine.images.list(name="code-sessions-apps/*", filters=OURS)}
+    return {
+        image.id for image in engine.images.list("code-sessions-apps/*", filters=dict(OURS))
+    }  # which docker-py adds to
 
 
 async def containers(engine):

@@ -7,6 +7,7 @@ being kept, and a folder is never left, neither through a path nor through a lin
 import asyncio
 import contextlib
 import html
+import mimetypes
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -235,11 +236,20 @@ def _static(request: web.Request, root: Path) -> web.StreamResponse:
             return web.Response(status=308, headers={"Location": place})
         found = _inside(root, path + "index.html")
     if found is not None and found.is_file():
-        return web.FileResponse(found, headers={"Cache-Control": "no-cache"})
+        return web.FileResponse(found, headers={"Cache-Control": "no-cache", **_text_type(found)})
     missing = _inside(root, "404.html")
     if missing is not None and missing.is_file():
         return web.Response(status=404, body=missing.read_bytes(), content_type="text/html", charset="utf-8")
     return _page(request, 404, "Not found", "This site has no such page.")
+
+
+def _text_type(file: Path) -> dict[str, str]:
+    """The type of a text with its charset, as Caddy gives it in containers: without one, browsers take a page that does
+    not say its own for windows-1252. Other types are FileResponse's to find.
+    """
+    kind, encoding = mimetypes.guess_type(file.name)
+    is_text = kind is not None and encoding is None and (kind.startswith("text/") or kind == "application/javascript")
+    return {"Content-Type": f"{kind}; charset=utf-8"} if is_text else {}
 
 
 def _inside(root: Path, path: str) -> Path | None:

@@ -52,7 +52,7 @@ class ControlPlane:
 
 
 @asynccontextmanager
-async def open_store(settings: Settings) -> AsyncIterator[StoreClient]:
+async def own_store(settings: Settings) -> AsyncIterator[StoreClient]:
     """The store that the settings name: a server elsewhere, or an embedded one that lives as long as we do."""
     async with AsyncExitStack() as stack:
         if settings.embedded_store:

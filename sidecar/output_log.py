@@ -61,11 +61,6 @@ class OutputLog:
         return self._unacknowledged_bytes + len(self._waiting) >= self._window_bytes
 
     @property
-    def in_flight(self) -> int:
-        """Records sent but not acknowledged."""
-        return self.sent_seq - self.acknowledged_seq
-
-    @property
     def waiting_bytes(self) -> int:
         return len(self._waiting)
 

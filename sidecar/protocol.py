@@ -31,7 +31,6 @@ VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_CHUNK_BYTES: Final = 64 * 1024
 MAX_INPUT_BYTES: Final = 1024 * 1024
-MAX_KEY_BYTES: Final = 255
 STREAM_PIECE_BYTES: Final = 64 * 1024
 STREAM_CREDIT_BYTES: Final = 1024 * 1024  # what a sender of a stream may send before the first `credit`
 HEARTBEAT_S: Final = 10.0  # each side pings this often, and gives the other up after three of them

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from deploy_pipeline.gateway import build_gateway
 from deploy_pipeline.worker import Worker, WorkerConfig
-from orchestrator.app import control_plane, installation_id, listen, open_store, wait_for_store
+from orchestrator.app import control_plane, installation_id, listen, own_store, wait_for_store
 from orchestrator.settings import Settings
 from orchestrator.store.connection import StoreClient
 from orchestrator.tasks import end_tasks, keep_running
@@ -132,7 +132,7 @@ async def _running_worker(settings: Settings, redis: StoreClient) -> AsyncIterat
 
 
 async def _ready_store(stack: AsyncExitStack, settings: Settings) -> StoreClient:
-    redis = await stack.enter_async_context(open_store(settings))
+    redis = await stack.enter_async_context(own_store(settings))
     await wait_for_store(redis)
     return redis
 

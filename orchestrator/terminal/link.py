@@ -103,7 +103,6 @@ class SidecarLink:
         self._expected_seq: int | None = None  # after a resume: what is on its way from before it is passed over
         self._room = asyncio.Event()
         self._room.set()
-        self._appending = False
         self.closed = asyncio.Event()
 
     async def run_appends(self) -> None:

@@ -2,6 +2,7 @@
 
 PipelineError
   LostClaim           somebody else has the job
+  CancelRequested     the deployment is to be cancelled by who works on it
   ForbiddenChange     the table of states has no such change: a bug in the caller
   DeployFailed        it ends the deployment as failed, with this reason
     ArchiveRefused      the archive is damaged, too large, or tries something
@@ -18,6 +19,10 @@ class PipelineError(Exception):
 
 class LostClaim(PipelineError):
     """The claim's lease ran out and somebody else has the job, or it was ended: stop, and write nothing more."""
+
+
+class CancelRequested(PipelineError):
+    """Somebody asked to cancel the deployment: end all that runs for it, then say `cancelled`."""
 
 
 class ForbiddenChange(PipelineError):

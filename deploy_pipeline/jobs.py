@@ -105,6 +105,7 @@ class Deployment(BaseModel):
     kind: str = ""  # what was detected: "static", "python", ...
     url: str = ""
     superseded_by: str = ""
+    cancel_requested: int = 0  # when somebody asked for it; 0: nobody
     times: dict[DeploymentState, int] = Field(default_factory=dict)  # when each state was entered
     created_at: int
     updated_at: int

@@ -47,28 +47,53 @@ local function holds(id, token)
   return get('active_deployment_id') == id and get('fence') == token
 end
 
--- submit <id> <count of app fields> <app fields...> <deployment fields...> -> 1 when it is to be announced
+local function is_cancelled(id)
+  return (tonumber(redis.call('HGET', record(id), 'cancel_requested') or '0') or 0) > 0
+end
+
+-- the active deployment has settled: its place is the waiting one's, whose id is returned
+local function free_place()
+  local waiting = get('waiting_deployment_id')
+  redis.call('HSET', app, 'active_deployment_id', '', 'waiting_deployment_id', '')
+  free_lease()
+  if waiting ~= '' then activate(waiting, 'archive') end
+  return waiting
+end
+
+-- submit <id> <key of the request or ''> <seconds it is remembered> <hash of its body> <count of app fields>
+--   <app fields...> <deployment fields...>
+--   -> {1 when it is to be announced, id, hash of the body}: of the earlier deployment when the key was used before
 local function submit()
-  local id, count = ARGV[2], tonumber(ARGV[3])
-  for i = 4, 3 + count, 2 do redis.call('HSETNX', app, ARGV[i], ARGV[i + 1]) end
+  local id, asked, count = ARGV[2], app .. ':asked:' .. ARGV[3], tonumber(ARGV[6])
+  local earlier = ARGV[3] ~= '' and redis.call('HMGET', asked, 'id', 'body') or {}
+  if earlier[1] then
+    local lost = get('active_deployment_id') == earlier[1] and get('announced') == ''
+    return {lost and 1 or 0, earlier[1], earlier[2]}
+  end
+  if redis.call('EXISTS', record(id)) == 1 then return {1, id, ARGV[5]} end  -- the client ran this command twice
+  for i = 7, 6 + count, 2 do redis.call('HSETNX', app, ARGV[i], ARGV[i + 1]) end
   redis.call('HSETNX', app, 'created_at', text(now))
   redis.call('HSET', app, 'updated_at', text(now))
-  set_fields(id, 4 + count)
+  set_fields(id, 7 + count)
   redis.call('HSET', record(id), 'created_at', text(now))
   enter(id, 'queued')
   redis.call('ZADD', index, redis.call('HINCRBY', app, 'submitted', 1), id)
+  if ARGV[3] ~= '' then
+    redis.call('HSET', asked, 'id', id, 'body', ARGV[5])
+    redis.call('EXPIRE', asked, ARGV[4])
+  end
   trim()
   if get('active_deployment_id') == '' then
     activate(id, 'archive')
-    return 1
+    return {1, id, ARGV[5]}
   end
-  local earlier = get('waiting_deployment_id')
-  if earlier ~= '' then
-    redis.call('HSET', record(earlier), 'superseded_by', id)
-    enter(earlier, 'superseded')
+  local waiting = get('waiting_deployment_id')
+  if waiting ~= '' then
+    redis.call('HSET', record(waiting), 'superseded_by', id)
+    enter(waiting, 'superseded')
   end
   redis.call('HSET', app, 'waiting_deployment_id', id)
-  return 0
+  return {0, id, ARGV[5]}
 end
 
 -- claim <id> <stage> <owner> <lease ms> -> {token, attempt, deployment fields} or nil when there is nothing to do
@@ -83,11 +108,11 @@ local function claim()
   return {token, attempt, redis.call('HGETALL', record(id))}
 end
 
--- renew <id> <token> <lease ms> -> 1, or 0 when the claim is lost
+-- renew <id> <token> <lease ms> -> 'ok' | 'cancel' | 'lost'
 local function renew()
-  if not holds(ARGV[2], ARGV[3]) then return 0 end
+  if not holds(ARGV[2], ARGV[3]) then return 'lost' end
   redis.call('HSET', app, 'lease_until', text(now + tonumber(ARGV[4])))
-  return 1
+  return is_cancelled(ARGV[2]) and 'cancel' or 'ok'
 end
 
 -- release <id> <token> -> 1: given back unfinished, so it does not count as an attempt
@@ -98,10 +123,11 @@ local function release()
   return 1
 end
 
--- advance <id> <token> <to> <comma-framed states it may come from> <next stage or ''> <fields...> -> 'ok' | 'lost' | state
+-- advance <id> <token> <to> <comma-framed states it may come from> <next stage or ''> <fields...> -> 'ok' | 'lost' | 'cancel' | state
 local function advance()
   local id, to = ARGV[2], ARGV[4]
   if not holds(id, ARGV[3]) then return 'lost' end
+  if ARGV[1] == 'advance' and is_cancelled(id) then return 'cancel' end
   local from = redis.call('HGET', record(id), 'state')
   if not string.find(ARGV[5], ',' .. from .. ',', 1, true) then return from end
   enter(id, to)
@@ -117,14 +143,33 @@ local function finish()
   local replaced = ''
   if to == 'running' then
     replaced = get('current_deployment_id')
+    if replaced == id then replaced = '' end
     if replaced ~= '' then enter(replaced, 'replaced') end
     redis.call('HSET', app, 'current_deployment_id', id, 'url', redis.call('HGET', record(id), 'url') or '')
   end
-  local waiting = get('waiting_deployment_id')
-  redis.call('HSET', app, 'active_deployment_id', '', 'waiting_deployment_id', '')
-  free_lease()
-  if waiting ~= '' then activate(waiting, 'archive') end
-  return {'ok', waiting, replaced}
+  return {'ok', free_place(), replaced}
+end
+
+-- cancel <id> -> {what came of it, what became active}: 'none' when there is no such deployment; its state when it has
+-- settled, perhaps right now, since nothing of it runs; 'asked' when a worker has to end what runs; 'unserved' likewise,
+-- but nobody holds it
+local function cancel()
+  local id = ARGV[2]
+  local state = redis.call('HGET', record(id), 'state')
+  if not state then return {'none', ''} end
+  if get('waiting_deployment_id') == id then
+    redis.call('HSET', app, 'waiting_deployment_id', '')
+    enter(id, 'cancelled')
+    return {'cancelled', ''}
+  end
+  if get('active_deployment_id') ~= id then return {state, ''} end
+  local served = tonumber(get('lease_until')) > now
+  if not served and get('stage') == 'archive' then  -- the workspace's zip ends with its reader
+    enter(id, 'cancelled')
+    return {'cancelled', free_place()}
+  end
+  if not is_cancelled(id) then redis.call('HSET', record(id), 'cancel_requested', text(now), 'updated_at', text(now)) end
+  return {served and 'asked' or 'unserved', ''}
 end
 
 -- announced <id> <stage> <stream entry> : remembered, so that the sweep can tell whether the entry is still there
@@ -144,6 +189,6 @@ end
 
 local steps = {
   submit = submit, claim = claim, renew = renew, release = release, advance = advance, finish = finish,
-  announced = announced, unserved = unserved,
+  cancel = cancel, announced = announced, unserved = unserved,
 }
 return steps[ARGV[1]]()

@@ -5,29 +5,31 @@ streams (one for each `Stage`) only carry the news to whoever is free: an entry 
 `sweep`, and one too many finds nothing to claim. So no crash between two steps can lose or double a deployment.
 """
 
+import asyncio
+import contextlib
 import importlib.resources
 import json
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
-from deploy_pipeline.errors import ForbiddenChange, LostClaim
+from deploy_pipeline.errors import CancelRequested, ForbiddenChange, LostClaim
 from deploy_pipeline.jobs import (
     REASON_CHARACTERS,
     SETTLED,
-    App,
     Deployment,
     DeploymentState,
     Stage,
     app_id_of_deployment,
     app_id_of_session,
     app_name,
-    is_app_id,
     log_tail_of,
     new_deployment_id,
     sources_of,
 )
+from deploy_pipeline.records import Records, app_key, organization_key, text_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -35,8 +37,11 @@ if TYPE_CHECKING:
 LEASE_S: Final = 10.0  # renew at a third of it
 SWEEP_INTERVAL_S: Final = 5.0  # with LEASE_S: a dead consumer's job is announced again within 15 s
 MAX_ATTEMPTS: Final = 3
+IDEMPOTENCY_S: Final = 24 * 3600
+_CANCEL_LOOK_S: Final = 0.5  # how soon who works on a deployment notices that it is to be cancelled
 _GROUP: Final = "consumers"
 _BUSY_APPS: Final = "deploy:busy"  # a set: the applications that the sweep looks at
+EXHAUSTED: Final = f"Given up after {MAX_ATTEMPTS} attempts: each time the process that worked on it died."
 _PENDING_IDLE_MS: Final = 10_000  # an entry that was read but not claimed for so long: its reader died in between
 
 
@@ -61,6 +66,11 @@ class Claim:
     attempt: int  # from 1; more than 1: an earlier consumer died over it
 
     @property
+    def exhausted(self) -> bool:
+        """Not to be tried again: it ended its consumers too often."""
+        return self.attempt > MAX_ATTEMPTS
+
+    @property
     def app_id(self) -> str:
         return self.deployment.app_id
 
@@ -81,7 +91,13 @@ def stream_key(stage: Stage) -> str:
     return f"deploy:stream:{stage}"
 
 
-class DeploymentQueue:
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    deployment: Deployment
+    body_hash: str  # of the request that made it: another one than the caller's means that the key was used before
+
+
+class DeploymentQueue(Records):
     """Deployments and applications in Redis. Any call may raise redis-py's `RedisError`; then nothing is half done
     that `sweep` does not repair.
 
@@ -89,7 +105,7 @@ class DeploymentQueue:
     """
 
     def __init__(self, redis: "Redis", *, lease_s: float = LEASE_S) -> None:
-        self._redis = redis
+        super().__init__(redis)
         self._lease_ms = int(lease_s * 1000)
         self._script = redis.register_script(
             importlib.resources.files("deploy_pipeline").joinpath("queue.lua").read_text("utf-8")
@@ -99,15 +115,23 @@ class DeploymentQueue:
     # What the API asks
 
     async def submit(
-        self, *, session_id: str, workspace_id: str, organization_id: str, user_id: str, project_name: str
-    ) -> Deployment:
+        self,
+        *,
+        session_id: str,
+        workspace_id: str,
+        organization_id: str,
+        user_id: str,
+        project_name: str,
+        request_key: str = "",
+        body_hash: str = "",
+    ) -> Submitted:
         """Record a deployment of the session's workspace and queue it.
 
         It is in progress at once when none of the application is; else it waits, and the one that waited before it
-        is superseded. The application is made with the session's first deployment.
+        is superseded. The application is made with the session's first deployment. A `request_key` that was used for
+        the session in the last `IDEMPOTENCY_S` gives the deployment of then and does nothing.
         """
         app_id = app_id_of_session(session_id)
-        deployment_id = new_deployment_id(app_id)
         app = {
             "id": app_id,
             "session_id": session_id,
@@ -116,7 +140,7 @@ class DeploymentQueue:
             "name": app_name(project_name, app_id),
         }
         deployment = {
-            "id": deployment_id,
+            "id": new_deployment_id(app_id),
             "app_id": app_id,
             "session_id": session_id,
             "workspace_id": workspace_id,
@@ -125,59 +149,44 @@ class DeploymentQueue:
         }
         # Before the script: an entry for an application that was not made after all is ignored, a missing one is not.
         await self._redis.sadd(_BUSY_APPS, app_id)
-        await self._redis.zadd(_organization_key(organization_id), {app_id: await self._now_ms()}, nx=True)
+        await self._redis.zadd(organization_key(organization_id), {app_id: await self._now_ms()}, nx=True)
         fields = [item for pair in (*app.items(), *deployment.items()) for item in pair]
-        if await self._run(app_id, "submit", deployment_id, str(len(app) * 2), *fields):
+        options = (request_key, str(IDEMPOTENCY_S), body_hash, str(len(app) * 2))
+        new, raw_id, raw_hash = await self._run(app_id, "submit", deployment["id"], *options, *fields)
+        deployment_id = text_of(raw_id)
+        if new:
             await self._announce(app_id, deployment_id, Stage.ARCHIVE)
         stored = await self.get(organization_id, deployment_id)
         if stored is None:  # the record was written above and is never removed while it is the newest
             raise RuntimeError(f"{deployment_id} vanished from the store")
-        return stored
+        return Submitted(stored, text_of(raw_hash))
 
-    async def get(self, organization_id: str, deployment_id: str) -> Deployment | None:
-        """None for an unknown one and for another organization's."""
-        found = await self.find(deployment_id)
-        return found if found is not None and found.organization_id == organization_id else None
+    async def submitted(self, organization_id: str, session_id: str, request_key: str) -> Submitted | None:
+        """What an earlier request with this key has made; None when there was none."""
+        app_id = app_id_of_session(session_id)
+        fields = await self._hash(f"{app_key(app_id)}:asked:{request_key}") if request_key else {}
+        deployment = await self.get(organization_id, fields["id"]) if fields else None
+        return Submitted(deployment, fields["body"]) if deployment is not None else None
 
-    async def find(self, deployment_id: str) -> Deployment | None:
-        """For workers, which act for every organization. Never to answer a caller with."""
+    async def request_cancel(self, deployment_id: str) -> None:
+        """Have a deployment cancelled. One of which nothing runs is `cancelled` at once; else that is said by whoever
+        works on it, or takes it over, when all that ran for it is gone. Nothing changes for a settled one."""
         app_id = app_id_of_deployment(deployment_id)
-        fields = await self._hash(f"{_app_key(app_id)}:{deployment_id}") if app_id else {}
-        return Deployment.from_hash(fields) if fields else None
-
-    async def get_app(self, organization_id: str, app_id: str) -> App | None:
-        """None for an unknown one and for another organization's."""
-        if not is_app_id(app_id):
-            return None
-        fields = await self._hash(_app_key(app_id))
-        if fields.get("organization_id") != organization_id:
-            return None
-        return App.model_validate(fields)
-
-    async def app_of_session(self, organization_id: str, session_id: str) -> App | None:
-        """None when the session was never deployed, and for another organization's."""
-        return await self.get_app(organization_id, app_id_of_session(session_id))
-
-    async def list_apps(self, organization_id: str) -> list[App]:
-        """Newest first."""
-        ids = await self._redis.zrevrange(_organization_key(organization_id), 0, -1)
-        apps = [await self.get_app(organization_id, _text(app_id)) for app_id in ids]
-        return [app for app in apps if app is not None]
-
-    async def list_deployments(self, organization_id: str, app_id: str) -> list[Deployment]:
-        """Newest first, the last 100; empty for an unknown application and for another organization's."""
-        if not is_app_id(app_id):
-            return []
-        ids = await self._redis.zrevrange(f"{_app_key(app_id)}:deployments", 0, -1)
-        found = [await self.get(organization_id, _text(deployment_id)) for deployment_id in ids]
-        return [deployment for deployment in found if deployment is not None]
+        if app_id is None:
+            return
+        outcome, activated = await self._run(app_id, "cancel", deployment_id)
+        if outcome == b"unserved":
+            await self._announce(app_id, deployment_id, Stage.BUILD)
+        if activated:
+            await self._announce(app_id, text_of(activated), Stage.ARCHIVE)
 
     # What the consumers of a stage do
 
     async def take(self, stage: Stage, consumer: str, *, block_s: float) -> Claim | None:
         """The next job of a stage, waiting up to `block_s` seconds for one; None when there was none.
 
-        A job whose consumers died `MAX_ATTEMPTS` times ends as failed here.
+        A job of the archive stage whose consumers died `MAX_ATTEMPTS` times ends as failed here, and one that is to be
+        cancelled as cancelled: they left nothing behind. Those of the build stage are the consumer's to clear away.
         """
         entry = await self._read(stage, consumer, block_s)
         if entry is None:
@@ -187,20 +196,41 @@ class DeploymentQueue:
         # Only now: a reader that dies before this leaves the entry pending, and another one gets it.
         await self._redis.xack(stream_key(stage), _GROUP, entry_id)
         await self._redis.xdel(stream_key(stage), entry_id)
-        if claim is not None and claim.attempt > MAX_ATTEMPTS:
-            reason = f"Given up after {MAX_ATTEMPTS} attempts: each time the process that worked on it died."
-            await self.finish(claim, DeploymentState.FAILED, reason=reason)
-            return None
-        return claim
+        if claim is None or stage is not Stage.ARCHIVE:
+            return claim
+        if claim.deployment.cancel_requested:
+            await self.finish(claim, DeploymentState.CANCELLED)
+        elif claim.exhausted:
+            await self.finish(claim, DeploymentState.FAILED, reason=EXHAUSTED)
+        else:
+            return claim
+        return None
 
     async def renew(self, claim: Claim) -> None:
         """Hold the lease for another `LEASE_S`.
 
         Raises:
             LostClaim: somebody else has the job, or it was ended.
+            CancelRequested: it is to be cancelled; the lease is held all the same.
         """
-        if not await self._run(claim.app_id, "renew", claim.deployment_id, str(claim.token), str(self._lease_ms)):
-            raise LostClaim(claim.deployment_id)
+        outcome = await self._run(claim.app_id, "renew", claim.deployment_id, str(claim.token), str(self._lease_ms))
+        _check(outcome, claim, claim.deployment.state)
+
+    async def hold(self, claim: Claim) -> None:
+        """Hold the lease until cancelled. A store out of reach for a moment is no reason to throw work away.
+
+        Raises:
+            LostClaim, CancelRequested: as `renew`, within a second.
+        """
+        renewed_at = time.monotonic()
+        while True:
+            await asyncio.sleep(min(_CANCEL_LOOK_S, self._lease_ms / 3000))
+            with contextlib.suppress(RedisError, OSError):
+                record = f"{app_key(claim.app_id)}:{claim.deployment_id}"
+                asked = await self._redis.hget(record, "cancel_requested")
+                if (asked and asked != b"0") or time.monotonic() - renewed_at >= self._lease_ms / 3000:
+                    await self.renew(claim)
+                    renewed_at = time.monotonic()
 
     async def release(self, claim: Claim) -> None:
         """Give an unfinished job back, for another consumer to take at once. A lost claim is ignored."""
@@ -213,6 +243,7 @@ class DeploymentQueue:
 
         Raises:
             LostClaim: somebody else has the job, or it was ended.
+            CancelRequested: it is to be cancelled, and was not advanced.
             ForbiddenChange: the table has no such change.
         """
         handed_over = claim.stage is Stage.ARCHIVE and to_state is DeploymentState.BUILDING
@@ -245,7 +276,7 @@ class DeploymentQueue:
         """
         announced = 0
         for raw in await self._redis.smembers(_BUSY_APPS):
-            app_id = _text(raw)
+            app_id = text_of(raw)
             work = await self._run(app_id, "unserved")
             if work is None:
                 # Removed before the second look: a deployment that is submitted in between is not forgotten.
@@ -321,26 +352,14 @@ class DeploymentQueue:
     async def _announce(self, app_id: str, deployment_id: str, stage: Stage) -> None:
         await self._ensure_group(stage)
         entry_id = await self._redis.xadd(stream_key(stage), {"deployment": deployment_id})
-        await self._run(app_id, "announced", deployment_id, stage.value, _text(entry_id))
+        await self._run(app_id, "announced", deployment_id, stage.value, text_of(entry_id))
 
     async def _run(self, app_id: str, step: str, *arguments: str) -> Any:
-        return await self._script(keys=[_app_key(app_id)], args=[step, *arguments])
-
-    async def _hash(self, key: str) -> dict[str, str]:
-        fields = await self._redis.hgetall(key)
-        return {_text(name): _text(value) for name, value in fields.items()}
+        return await self._script(keys=[app_key(app_id)], args=[step, *arguments])
 
     async def _now_ms(self) -> int:
         seconds, microseconds = await self._redis.time()
         return int(seconds) * 1000 + int(microseconds) // 1000
-
-
-def _app_key(app_id: str) -> str:
-    return f"deploy:{{{app_id}}}"
-
-
-def _organization_key(organization_id: str) -> str:
-    return f"deploy:apps-of:{organization_id}"
 
 
 def _as_fields(facts: Facts) -> dict[str, str]:
@@ -355,6 +374,8 @@ def _as_fields(facts: Facts) -> dict[str, str]:
 def _check(outcome: Any, claim: Claim, to_state: DeploymentState) -> None:
     if outcome == b"lost":
         raise LostClaim(claim.deployment_id)
+    if outcome == b"cancel":
+        raise CancelRequested(claim.deployment_id)
     if outcome != b"ok":
         raise ForbiddenChange(f"{claim.deployment_id}: {outcome.decode()} to {to_state}")
 
@@ -368,8 +389,3 @@ def _flat(entries: Any) -> Any:
 def _entry(raw: Any) -> tuple[bytes, str]:
     entry_id, fields = raw[0], raw[1]
     return entry_id, fields[b"deployment"].decode()
-
-
-def _text(value: Any) -> str:
-    """redis-py's annotations do not know that this client answers with bytes."""
-    return str(value, "utf-8")

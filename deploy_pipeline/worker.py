@@ -22,9 +22,9 @@ from deploy_pipeline.archive import ArchiveStore
 from deploy_pipeline.builders.base import BuildLog, Release, Runtime
 from deploy_pipeline.builders.docker import DockerRuntime
 from deploy_pipeline.builders.local import LocalRuntime
-from deploy_pipeline.errors import DeployFailed, EngineUnavailable, LostClaim
+from deploy_pipeline.errors import CancelRequested, DeployFailed, EngineUnavailable, LostClaim
 from deploy_pipeline.jobs import App, DeploymentState, Stage
-from deploy_pipeline.queue import LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
+from deploy_pipeline.queue import EXHAUSTED, LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
 from deploy_pipeline.releases import DRAIN_S, HEALTHY_WITHIN_S, Releases
 from deploy_pipeline.routing import Routes, Target
 
@@ -107,7 +107,7 @@ class Worker:
                 claim = await self._queue.take(Stage.BUILD, consumer, block_s=_BLOCK_S)
                 if claim is not None:
                     await self._work_on(claim)
-            except (RedisError, OSError, EngineUnavailable) as error:
+            except (RedisError, OSError, EngineUnavailable, DeployFailed) as error:
                 _log.warning("deploy.worker_waits", error=str(error))
                 await asyncio.sleep(_RETRY_S)
 
@@ -115,15 +115,16 @@ class Worker:
         """Deploy with the lease held. What cannot be ended here is left to whoever takes the job next."""
         log = _log.bind(deployment=claim.deployment_id, app=claim.app_id, attempt=claim.attempt)
         work = asyncio.create_task(self._deploy(claim))
-        renewing = asyncio.create_task(self._renew(claim))
+        holding = asyncio.create_task(self._queue.hold(claim))
         try:
-            await asyncio.wait({work, renewing}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                log.warning("deploy.lost")
-                return
-            work.result()
+            await asyncio.wait({work, holding}, return_when=asyncio.FIRST_COMPLETED)
+            await (work if work.done() else holding)
         except LostClaim:
             log.warning("deploy.lost")
+        except CancelRequested:
+            await _cancelled(work)
+            with contextlib.suppress(LostClaim):  # it had just ended by itself
+                await self._cancel(claim)
         except asyncio.CancelledError:
             await _cancelled(work)
             with contextlib.suppress(RedisError, OSError):
@@ -131,37 +132,67 @@ class Worker:
             raise
         finally:
             await _cancelled(work)
-            await _cancelled(renewing)
+            await _cancelled(holding)
 
-    async def _renew(self, claim: Claim) -> None:
-        """Returns when the claim is lost. A store out of reach for a moment is no reason to throw a build away."""
+    async def _cancel(self, claim: Claim) -> None:
+        """End all that runs for the deployment, see that it is gone, and only then say so.
+
+        When that fails, the lease runs out, and the next consumer tries again.
+        """
+        with contextlib.suppress(CancelRequested):
+            await self._queue.renew(claim)
+        if claim.deployment_id in await self.releases.serving():
+            await self._say_running(claim)  # the traffic had moved before anybody looked: too late to cancel
+            return
+        holding = asyncio.create_task(self._hold_to_the_end(claim))
+        try:
+            await self.releases.discard(claim.app_id, claim.deployment_id)
+        finally:
+            await _cancelled(holding)
+        await self._queue.finish(claim, DeploymentState.CANCELLED)
+        _log.info("deploy.cancelled", deployment=claim.deployment_id)
+
+    async def _hold_to_the_end(self, claim: Claim) -> None:
+        """Hold the lease of a job that is being ended."""
         while True:
-            await asyncio.sleep(self._config.lease_s / 3)
-            try:
+            with contextlib.suppress(RedisError, OSError, CancelRequested):
                 await self._queue.renew(claim)
-            except LostClaim:
-                return
-            except (RedisError, OSError) as error:
-                _log.warning("deploy.lease_not_renewed", deployment=claim.deployment_id, error=str(error))
+            await asyncio.sleep(self._config.lease_s / 3)
 
     async def _deploy(self, claim: Claim) -> None:
         """From a stored archive to a running release, or to `failed` with the reason."""
         deployment = claim.deployment
+        if deployment.id in await self.releases.serving():
+            await self._say_running(claim)  # an earlier worker moved the traffic and died before it could say so
+            return
+        if deployment.cancel_requested:
+            raise CancelRequested(deployment.id)
+        if claim.exhausted:
+            await self._fail(claim, DeployFailed(EXHAUSTED), [])
+            return
         app = await self._queue.get_app(deployment.organization_id, deployment.app_id)
         if app is None:
             raise LostClaim(deployment.id)
         tail: list[str] = []
         try:
             release = await self._release(claim, app, tail)
-        except (LostClaim, RedisError):
+        except (LostClaim, CancelRequested, RedisError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends this deployment and not the worker
             await self._fail(claim, error, tail)
             return
+        await self._say_running(claim)
+        self._retire_older(release)
+
+    async def _say_running(self, claim: Claim) -> None:
+        """The route leads to it already. The releases before it are the next reconciliation's, unless who calls this
+        has them retired."""
+        app = await self._queue.get_app(claim.deployment.organization_id, claim.app_id)
+        if app is None:
+            raise LostClaim(claim.deployment_id)
         url = self._config.app_url_template.replace("{app}", app.name)
         await self._queue.finish(claim, DeploymentState.RUNNING, url=url)
-        _log.info("deploy.running", deployment=deployment.id, kind=release.plan.kind.value, url=url)
-        self._retire_older(release)
+        _log.info("deploy.running", deployment=claim.deployment_id, url=url)
 
     async def _release(self, claim: Claim, app: App, tail: list[str]) -> Release:
         """Unpack, build, start and swap in; `tail` becomes the log lines that say most about where it got to."""

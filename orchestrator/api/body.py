@@ -19,6 +19,7 @@ from orchestrator.errors import InvalidRequest, PayloadTooLarge, UnsupportedMedi
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 """For `web.Application(client_max_size=…)`."""
+_IDEMPOTENCY_KEY_MAX: Final = 255
 _MAX_NAMED_FIELDS: Final = 20
 _MAX_FIELD_CHARACTERS: Final = 100
 _NUMBERS: Final = {
@@ -101,6 +102,18 @@ def query(request: web.Request, model: type[Model]) -> Model:
         return model.model_validate(dict(given), by_alias=True, by_name=False)
     except ValidationError as error:
         _refuse([_named(problem) for problem in error.errors(include_url=False, include_input=False)])
+
+
+def idempotency_key(request: web.Request) -> str:
+    """The request's `Idempotency-Key`; empty for none.
+
+    Raises:
+        InvalidRequest: it is too long, or not printable.
+    """
+    key = request.headers.get("Idempotency-Key", "")
+    if len(key) > _IDEMPOTENCY_KEY_MAX or not key.isprintable():
+        raise InvalidRequest(f"Idempotency-Key: at most {_IDEMPOTENCY_KEY_MAX} printable characters")
+    return key
 
 
 def json_response(

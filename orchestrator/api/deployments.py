@@ -1,18 +1,24 @@
 """`/deploy`, `/api/v1/apps` and `/api/v1/deployments`."""
 
+import hashlib
 from typing import Any
 
 from aiohttp import web
 
-from deploy_pipeline.jobs import App, Deployment, public_status
+from deploy_pipeline.jobs import SETTLED, App, Deployment, public_status
 from orchestrator.access.scopes import Scope
 from orchestrator.api.auth import require_scope
-from orchestrator.api.body import ApiModel, json_response, read_body, timestamp
+from orchestrator.api.body import ApiModel, idempotency_key, json_response, read_body, timestamp
 from orchestrator.api.keys import DEPLOYMENTS
+from orchestrator.deployments.service import Request
 
 
 class DeployRequest(ApiModel):
     """No options yet: an empty body or `{}`."""
+
+
+class NoOptions(ApiModel):
+    """An empty body or `{}`."""
 
 
 def deployment_object(deployment: Deployment) -> dict[str, Any]:
@@ -35,6 +41,8 @@ def deployment_object(deployment: Deployment) -> dict[str, Any]:
         "archiveBytes": deployment.archive_bytes,
         "supersededBy": deployment.superseded_by,
     }
+    if deployment.cancel_requested and deployment.state not in SETTLED:
+        body["cancelRequested"] = True
     return body | {name: value for name, value in optional.items() if value}
 
 
@@ -57,9 +65,15 @@ def app_object(app: App, newest: Deployment | None) -> dict[str, Any]:
 
 async def deploy(request: web.Request) -> web.Response:
     caller = require_scope(request, Scope.DEPLOY)
-    await read_body(request, DeployRequest, allow_empty=True)
+    body = await read_body(request, DeployRequest, allow_empty=True)
     session_id = request.match_info["id"]
-    deployment = await request.app[DEPLOYMENTS].submit(caller.organization_id, session_id, user_id=caller.user_id)
+    key = idempotency_key(request)
+    deployment = await request.app[DEPLOYMENTS].submit(
+        caller.organization_id,
+        session_id,
+        user_id=caller.user_id,
+        request=Request(key=_hash(f"{caller.id}\n{key}") if key else "", body_hash=_hash(body.model_dump_json())),
+    )
     return json_response(
         {
             "sessionId": session_id,
@@ -68,6 +82,17 @@ async def deploy(request: web.Request) -> web.Response:
             "status": "deploying",
         }
     )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+async def cancel_deployment(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.DEPLOY)
+    await read_body(request, NoOptions, allow_empty=True)
+    deployment = await request.app[DEPLOYMENTS].cancel(caller.organization_id, request.match_info["id"])
+    return json_response(deployment_object(deployment), status=200 if deployment.state in SETTLED else 202)
 
 
 async def list_apps(request: web.Request) -> web.Response:
@@ -101,3 +126,4 @@ def add_routes(router: web.UrlDispatcher) -> None:
     router.add_get("/api/v1/apps/{id}", show_app)
     router.add_get("/api/v1/apps/{id}/deployments", list_deployments)
     router.add_get("/api/v1/deployments/{id}", show_deployment)
+    router.add_post("/api/v1/deployments/{id}/cancel", cancel_deployment)

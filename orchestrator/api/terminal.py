@@ -8,15 +8,14 @@ from pydantic import Field
 
 from orchestrator.access.scopes import Scope
 from orchestrator.api.auth import require_scope
-from orchestrator.api.body import ApiModel, QueryModel, json_response, query, read_body, timestamp
+from orchestrator.api.body import ApiModel, QueryModel, idempotency_key, json_response, query, read_body, timestamp
 from orchestrator.api.keys import REGISTRY, TERMINALS
 from orchestrator.api.sessions import terminal_object
-from orchestrator.errors import InvalidRequest, PayloadTooLarge
+from orchestrator.errors import PayloadTooLarge
 from orchestrator.sessions.terminals import Output
 from orchestrator.terminal.output_store import record_facts
 from sidecar.protocol import MAX_INPUT_BYTES, Record, RecordKind
 
-_IDEMPOTENCY_KEY_MAX: Final = 255
 _KIND_NAMES: Final = {RecordKind.START: "start", RecordKind.EXIT: "exit", RecordKind.RESIZE: "resize"}
 
 
@@ -47,16 +46,9 @@ async def send_input(request: web.Request) -> web.Response:
         request.match_info["id"],
         data,
         caller=caller.id,
-        idempotency_key=_idempotency_key(request),
+        idempotency_key=idempotency_key(request),
     )
     return json_response({"sent": True, "bytes": written})
-
-
-def _idempotency_key(request: web.Request) -> str:
-    key = request.headers.get("Idempotency-Key", "")
-    if len(key) > _IDEMPOTENCY_KEY_MAX or not key.isprintable():
-        raise InvalidRequest(f"Idempotency-Key: at most {_IDEMPOTENCY_KEY_MAX} printable characters")
-    return key
 
 
 async def read_output(request: web.Request) -> web.Response:

@@ -1,17 +1,26 @@
 """Deployments as the control plane sees them: accept them, and bring each one's archive from its workspace."""
 
 import asyncio
+import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 from redis.exceptions import RedisError
 
 from deploy_pipeline.archive import ArchiveStore
-from deploy_pipeline.errors import ArchiveRefused, LostClaim
-from deploy_pipeline.jobs import App, Deployment, DeploymentState, Stage
-from deploy_pipeline.queue import LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
-from orchestrator.errors import AppNotFound, DeploymentNotFound, SessionEnded, TerminalUnavailable
+from deploy_pipeline.errors import ArchiveRefused, CancelRequested, LostClaim
+from deploy_pipeline.jobs import SETTLED, App, Deployment, DeploymentState, Stage
+from deploy_pipeline.queue import SWEEP_INTERVAL_S, Claim, DeploymentQueue
+from orchestrator.errors import (
+    AppNotFound,
+    DeploymentNotFound,
+    DeploymentSettled,
+    IdempotencyKeyReused,
+    SessionEnded,
+    TerminalUnavailable,
+)
 from orchestrator.models import Session
 from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.sessions.terminals import Terminals
@@ -25,7 +34,18 @@ ARCHIVE_S: Final = 300.0
 _TAKE_BLOCK_S: Final = 2.0
 _PAUSE_S: Final = 1.0  # after the store was out of reach
 
+CANCEL_S: Final = 30.0
+_CANCEL_LOOK_S: Final = 0.1
+
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What tells a repeated request from a new one."""
+
+    key: str = ""  # of the caller, made unique for each; empty: every request is a new one
+    body_hash: str = ""
 
 
 class Deployments:
@@ -41,22 +61,49 @@ class Deployments:
         self._registry, self._terminals, self._queue, self._archives = registry, terminals, queue, archives
         self._consumer = consumer
 
-    async def submit(self, organization_id: str, session_id: str, *, user_id: str) -> Deployment:
-        """Queue a deployment of the session's workspace.
+    async def submit(self, organization_id: str, session_id: str, *, user_id: str, request: Request) -> Deployment:
+        """Queue a deployment of the session's workspace; a repeated request gets the deployment it made before.
 
         Raises:
-            SessionNotFound, SessionEnded: as named.
+            SessionNotFound, SessionEnded, IdempotencyKeyReused: as named.
         """
         session = await self._registry.get(organization_id, session_id)
-        if session.ended:
-            raise SessionEnded(f"code session {session_id} has ended, its workspace is gone")
-        return await self._queue.submit(
-            session_id=session.id,
-            workspace_id=session.workspace_id,
-            organization_id=organization_id,
-            user_id=user_id,
-            project_name=session.project_name,
-        )
+        made = await self._queue.submitted(organization_id, session_id, request.key)
+        if made is None:
+            if session.ended:
+                raise SessionEnded(f"code session {session_id} has ended, its workspace is gone")
+            made = await self._queue.submit(
+                session_id=session.id,
+                workspace_id=session.workspace_id,
+                organization_id=organization_id,
+                user_id=user_id,
+                project_name=session.project_name,
+                request_key=request.key,
+                body_hash=request.body_hash,
+            )
+        if made.body_hash != request.body_hash:
+            raise IdempotencyKeyReused("the Idempotency-Key was used for a deployment with other options")
+        return made.deployment
+
+    async def cancel(self, organization_id: str, deployment_id: str) -> Deployment:
+        """Cancel a deployment and wait up to `CANCEL_S` until nothing of it runs any more; the deployment then.
+
+        Raises:
+            DeploymentNotFound: not in this organization.
+            DeploymentSettled: it has ended in another way, or ended so before the worker was reached.
+        """
+        await self.get(organization_id, deployment_id)
+        await self._queue.request_cancel(deployment_id)
+        deadline = time.monotonic() + CANCEL_S
+        while True:
+            deployment = await self.get(organization_id, deployment_id)
+            if deployment.state is DeploymentState.CANCELLED:
+                return deployment
+            if deployment.state in SETTLED:
+                raise DeploymentSettled(f"the deployment is {deployment.state} already", state=deployment.state.value)
+            if time.monotonic() > deadline:
+                return deployment
+            await asyncio.sleep(_CANCEL_LOOK_S)
 
     async def get(self, organization_id: str, deployment_id: str) -> Deployment:
         """
@@ -124,12 +171,15 @@ class Deployments:
                 task.add_done_callback(lambda _: places.release())
 
     async def _work(self, claim: Claim) -> None:
-        renewing = asyncio.create_task(self._renew(claim))
+        holding = asyncio.create_task(self._queue.hold(claim))
         working = asyncio.create_task(self._archive(claim))
         try:
-            await asyncio.wait({renewing, working}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                await working
+            await asyncio.wait({holding, working}, return_when=asyncio.FIRST_COMPLETED)
+            await (working if working.done() else holding)
+        except CancelRequested:
+            await end_tasks(working)  # and with it the zip in the workspace
+            with suppress(RedisError, LostClaim):
+                await self._queue.finish(claim, DeploymentState.CANCELLED)
         except LostClaim:
             log.warning("another consumer has the deployment", deployment_id=claim.deployment_id)
         except RedisError as error:  # the lease runs out, and somebody takes the job again
@@ -143,17 +193,7 @@ class Deployments:
             with suppress(RedisError):
                 await self._fail(claim, "the control plane could not archive the workspace")
         finally:
-            await end_tasks(renewing, working)
-
-    async def _renew(self, claim: Claim) -> None:
-        """Until the claim is lost."""
-        while True:
-            await asyncio.sleep(LEASE_S / 3)
-            with suppress(RedisError):
-                try:
-                    await self._queue.renew(claim)
-                except LostClaim:
-                    return
+            await end_tasks(holding, working)
 
     async def _archive(self, claim: Claim) -> None:
         await self._queue.advance(claim, DeploymentState.ARCHIVING)

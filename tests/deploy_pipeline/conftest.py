@@ -65,9 +65,10 @@ class Pipeline:
         self.queue, self.config, self.gateway = queue, config, gateway
 
     async def submit(self, files: dict[str, str | bytes], session_id: str = "cs_1") -> Deployment:
-        deployment = await self.queue.submit(
+        submitted = await self.queue.submit(
             session_id=session_id, workspace_id="ws_1", organization_id=ORG, user_id="u", project_name="My App"
         )
+        deployment = submitted.deployment
         async with asyncio.timeout(10):
             while (claim := await self.queue.take(Stage.ARCHIVE, "test", block_s=1)) is None:
                 pass  # an announcement that the sweep doubled

@@ -2,21 +2,23 @@ import asyncio
 
 import pytest
 
-from deploy_pipeline.errors import ForbiddenChange, LostClaim
+from deploy_pipeline.errors import CancelRequested, ForbiddenChange, LostClaim
 from deploy_pipeline.jobs import DeploymentState, Stage
 from deploy_pipeline.queue import MAX_ATTEMPTS, DeploymentQueue, stream_key
 
 ORG = "org_1"
 
 
-async def submit(queue, session_id="cs_1", organization_id=ORG):
-    return await queue.submit(
+async def submit(queue, session_id="cs_1", organization_id=ORG, **options):
+    submitted = await queue.submit(
         session_id=session_id,
         workspace_id="ws_1",
         organization_id=organization_id,
         user_id="user_1",
         project_name="My Site",
+        **options,
     )
+    return submitted.deployment
 
 
 async def take(queue, stage=Stage.ARCHIVE, consumer="one"):
@@ -205,3 +207,79 @@ async def test_old_records_are_trimmed_but_never_the_one_that_serves(queue):
     kept = {d.id for d in await queue.list_deployments(ORG, first.app_id)}
     assert first.id in kept
     assert len(kept) <= 102
+
+
+async def test_a_repeated_request_gets_the_deployment_that_it_made_before_and_queues_nothing(queue, redis):
+    first = await submit(queue, request_key="k1", body_hash="b1")
+    again = await queue.submit(
+        session_id="cs_1",
+        workspace_id="ws_1",
+        organization_id=ORG,
+        user_id="user_1",
+        project_name="My Site",
+        request_key="k1",
+        body_hash="b2",
+    )
+    assert (again.deployment.id, again.body_hash) == (first.id, "b1")
+    assert (await queue.submitted(ORG, "cs_1", "k1")).deployment.id == first.id
+    assert await queue.submitted(ORG, "cs_1", "") is None
+    assert await queue.submitted("org_2", "cs_1", "k1") is None
+    other = await submit(queue, request_key="k2", body_hash="b1")
+    assert other.id != first.id
+    assert len(await queue.list_deployments(ORG, first.app_id)) == 2
+    remembered_s = await redis.ttl(f"deploy:{{{first.app_id}}}:asked:k1")
+    assert 24 * 3600 - 60 < remembered_s <= 24 * 3600
+
+
+async def test_a_deployment_that_nobody_works_on_is_cancelled_at_once_and_the_waiting_one_goes_on(queue):
+    first, second = await submit(queue), await submit(queue)
+    await queue.request_cancel(first.id)
+    assert (await queue.get(ORG, first.id)).state is DeploymentState.CANCELLED
+    async with asyncio.timeout(10):
+        while (claim := await take(queue)) is None:
+            pass  # the cancelled one's announcement comes first
+    assert claim.deployment_id == second.id
+
+
+async def test_a_waiting_deployment_is_cancelled_at_once(queue):
+    first, second = await submit(queue), await submit(queue)
+    await queue.request_cancel(second.id)
+    assert (await queue.get(ORG, second.id)).state is DeploymentState.CANCELLED
+    assert (await run_through(queue)).deployment_id == first.id
+    assert await take(queue) is None
+
+
+async def test_who_works_on_a_cancelled_deployment_is_told_and_says_when_it_is_gone(queue):
+    deployment = await submit(queue)
+    await archived(queue)
+    claim = await take(queue, Stage.BUILD)
+    holding = asyncio.create_task(queue.hold(claim))
+    await queue.request_cancel(deployment.id)
+    with pytest.raises(CancelRequested):
+        await holding
+    with pytest.raises(CancelRequested):
+        await queue.advance(claim, DeploymentState.STARTING)
+    assert (await queue.get(ORG, deployment.id)).state is DeploymentState.BUILDING, "its processes may still run"
+    await queue.finish(claim, DeploymentState.CANCELLED)
+    assert (await queue.get(ORG, deployment.id)).state is DeploymentState.CANCELLED
+
+
+async def test_a_cancelled_deployment_whose_worker_died_is_taken_over_to_be_ended(redis):
+    queue = DeploymentQueue(redis, lease_s=0.2)
+    deployment = await submit(queue)
+    await archived(queue)
+    assert await take(queue, Stage.BUILD)
+    await asyncio.sleep(0.25)
+    await queue.request_cancel(deployment.id)
+    claim = await take(queue, Stage.BUILD, consumer="two")
+    assert claim.deployment.cancel_requested
+    assert (await queue.get(ORG, deployment.id)).state is DeploymentState.BUILDING
+
+
+async def test_cancelling_a_settled_or_unknown_deployment_changes_nothing(queue):
+    deployment = await submit(queue)
+    await run_through(queue)
+    await queue.request_cancel(deployment.id)
+    await queue.request_cancel("dep_nonsense")
+    found = await queue.get(ORG, deployment.id)
+    assert (found.state, found.cancel_requested) == (DeploymentState.RUNNING, 0)

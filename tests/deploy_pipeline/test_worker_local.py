@@ -248,6 +248,66 @@ async def test_a_worker_that_is_stopped_in_the_middle_of_a_build_gives_it_back_a
     assert (claim.deployment_id, claim.attempt) == (deployment.id, 1)
 
 
+HANGING = {"Procfile": "web: x", "package.json": '{"scripts": {"build": "(setsid sleep 1004 &) ; sleep 1005"}}'}
+
+
+async def hangs(deployment):
+    async with asyncio.timeout(20):
+        while sum(process.name() == "sleep" for process in children_of_release(deployment.id)) < 2:
+            await asyncio.sleep(0.05)
+
+
+async def cancelled(pipeline, deployment, within_s):
+    """The state, and what still ran when it was first seen."""
+    await pipeline.queue.request_cancel(deployment.id)
+    done = await pipeline.settled(deployment, within_s=within_s)
+    return done.state, children_of_release(deployment.id)
+
+
+async def test_cancelled_is_said_when_nothing_of_the_build_runs_any_more(local):
+    serving = await local.deploy({"main.py": script("1")})
+    deployment = await local.submit(HANGING)
+    await hangs(deployment)
+    assert await cancelled(local, deployment, within_s=10) == (DeploymentState.CANCELLED, [])
+    assert not local.folder(deployment).exists()
+    assert await local.fetch(serving) == (200, "1")
+
+
+async def test_a_deployment_is_cancelled_while_it_waits_to_become_healthy(local):
+    deployment = await local.submit({"main.py": "import time; time.sleep(1000)"})
+    await local.reached(deployment, DeploymentState.STARTING)
+    assert await cancelled(local, deployment, within_s=10) == (DeploymentState.CANCELLED, [])
+
+
+async def test_a_build_whose_worker_was_killed_is_cancelled_by_another_one(
+    redis, queue, gateway, valkey_socket, tmp_path
+):
+    config = WorkerConfig("local", tmp_path, "http://{app}.localhost/", lease_s=1.5)
+    pipeline = Pipeline(queue, config, gateway)
+    doomed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WORKER_PROGRAM, str(valkey_socket), str(tmp_path)
+    )
+    deployment = await pipeline.submit(HANGING)
+    await hangs(deployment)
+    doomed.kill()
+    await doomed.wait()
+    async with running_worker(redis, config):
+        assert await cancelled(pipeline, deployment, within_s=20) == (DeploymentState.CANCELLED, [])
+
+
+async def test_traffic_that_had_moved_when_the_worker_died_is_left_alone_and_the_state_becomes_true(local):
+    done = await local.deploy({"main.py": script("os.getpid()")})
+    before = await local.fetch(done)
+    record = f"deploy:{{{done.app_id}}}"
+    # As if the worker had been killed between the two steps.
+    await local.queue._redis.hset(f"{record}:{done.id}", mapping={"state": "starting"})
+    await local.queue._redis.hset(record, mapping={"active_deployment_id": done.id, "stage": "build"})
+    await local.queue._redis.sadd("deploy:busy", done.app_id)
+    await local.queue.sweep()
+    assert (await local.settled(done)).state is DeploymentState.RUNNING
+    assert await local.fetch(done) == before
+
+
 async def test_what_a_crash_left_of_an_ended_deployment_is_cleared_away(local):
     done = await local.deploy({"main.py": ""})
     assert done.state is DeploymentState.FAILED

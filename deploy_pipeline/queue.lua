@@ -7,6 +7,7 @@ local index = app .. ':deployments'
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 local KEPT_RECORDS = 100
+local KEPT_LOGS = 20
 
 local function text(number) return string.format('%.0f', number) end
 local function record(id) return app .. ':' .. id end
@@ -35,9 +36,15 @@ local function activate(id, stage)
 end
 
 local function trim()
+  for _, id in ipairs(redis.call('ZRANGE', index, 0, -1 - KEPT_LOGS)) do
+    local last = redis.call('HGET', record(id) .. ':log-tail', 'last')
+    if redis.call('DEL', record(id) .. ':log') == 1 then  -- readers are told that it is gone
+      redis.call('HSET', record(id) .. ':log-tail', 'first', text(tonumber(last) + 1), 'bytes', '0')
+    end
+  end
   for _, id in ipairs(redis.call('ZRANGE', index, 0, -1 - KEPT_RECORDS)) do
     if id ~= get('current_deployment_id') and id ~= get('active_deployment_id') then
-      redis.call('DEL', record(id))
+      redis.call('DEL', record(id), record(id) .. ':log', record(id) .. ':log-tail')
       redis.call('ZREM', index, id)
     end
   end

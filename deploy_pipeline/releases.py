@@ -8,11 +8,13 @@ from typing import Final
 
 import aiohttp
 
+from deploy_pipeline.app_logs import AppLogs
 from deploy_pipeline.archive import ArchiveStore, extract
 from deploy_pipeline.builders.base import BuildLog, Release, Runtime
 from deploy_pipeline.detect import detect
 from deploy_pipeline.errors import StartFailed
 from deploy_pipeline.jobs import App, Deployment
+from deploy_pipeline.logs import LogStore
 from deploy_pipeline.routing import HttpTarget, Route, Routes, Target
 
 HEALTHY_WITHIN_S: Final = 60.0
@@ -32,6 +34,7 @@ class Releases:
         self,
         runtime: Runtime,
         routes: Routes,
+        logs: LogStore,
         archives: ArchiveStore,
         apps_dir: Path,
         *,
@@ -39,6 +42,7 @@ class Releases:
         drain_s: float = DRAIN_S,
     ) -> None:
         self._runtime, self._routes, self._archives, self._apps_dir = runtime, routes, archives, apps_dir
+        self._logs = AppLogs(logs, runtime)
         self._healthy_within_s, self._drain_s = healthy_within_s, drain_s
 
     async def prepare(self, deployment: Deployment, app: App) -> Release:
@@ -75,10 +79,11 @@ class Releases:
         Raises:
             StartFailed: it ended, or does not answer, with the reason; it may still run.
         """
-        target = await self._runtime.start(release)
-        if isinstance(target, HttpTarget):
-            await self._wait_until_healthy(release, target)
-        return target
+        async with self._logs.following(release):
+            target = await self._runtime.start(release)
+            if isinstance(target, HttpTarget):
+                await self._wait_until_healthy(release, target)
+            return target
 
     async def swap(self, release: Release, target: Target, *, token: int) -> bool:
         """Lead the traffic to the release. False when somebody with a later claim has done so already."""
@@ -127,6 +132,7 @@ class Releases:
             release = Release.load(self._apps_dir / route.app_id / route.deployment_id)
             if release is None:
                 continue  # another machine's
+            await self._logs.copy(release)
             target = await self._runtime.keep_running(release)
             if target is not None:
                 moved = Route(app_id=route.app_id, deployment_id=route.deployment_id, target=target)
@@ -144,6 +150,9 @@ class Releases:
 
     async def retire(self, app_id: str, deployment_id: str) -> None:
         """End a release that should not run any more; its files stay when it is one of those to go back to."""
+        release = Release.load(self._apps_dir / app_id / deployment_id)
+        if release is not None:
+            await self._logs.copy(release)
         if any(release.deployment_id == deployment_id for release in self._kept(app_id)):
             await self._runtime.stop(app_id, deployment_id)
         else:

@@ -24,9 +24,11 @@ from deploy_pipeline.builders.docker import DockerRuntime
 from deploy_pipeline.builders.local import LocalRuntime
 from deploy_pipeline.errors import CancelRequested, DeployFailed, EngineUnavailable, LostClaim
 from deploy_pipeline.jobs import App, DeploymentState, Stage
+from deploy_pipeline.logs import Log, LogStore, LogWriter, deployment_log
 from deploy_pipeline.queue import EXHAUSTED, LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
 from deploy_pipeline.releases import DRAIN_S, HEALTHY_WITHIN_S, Releases
 from deploy_pipeline.routing import Routes, Target
+from deploy_pipeline.tasks import end_task, is_cancelled
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -36,6 +38,7 @@ _ENDED: Final = frozenset(
 )
 _BLOCK_S: Final = 2.0  # redis-py's default socket timeout is 5 s
 _RETRY_S: Final = 1.0
+_CLEAN_UP_S: Final = 15.0  # what a build may need to end its processes
 _SUPERVISE_S: Final = 1.0
 _RECONCILE_S: Final = 30.0
 # A folder this young may belong to a deployment that another worker is about to record.
@@ -75,10 +78,12 @@ class Worker:
         self._config = config
         self._queue = DeploymentQueue(redis, lease_s=config.lease_s)
         self._runtime = make_runtime(config)
+        self._logs = LogStore(redis)
         config.apps_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.releases = Releases(
             self._runtime,
             Routes(redis),
+            self._logs,
             ArchiveStore(config.archives_dir),
             config.apps_dir,
             healthy_within_s=config.healthy_within_s,
@@ -102,7 +107,7 @@ class Worker:
             await self._runtime.close()
 
     async def _take_jobs(self, consumer: str) -> None:
-        while not _cancelling():
+        while not is_cancelled():
             try:
                 claim = await self._queue.take(Stage.BUILD, consumer, block_s=_BLOCK_S)
                 if claim is not None:
@@ -122,17 +127,17 @@ class Worker:
         except LostClaim:
             log.warning("deploy.lost")
         except CancelRequested:
-            await _cancelled(work)
+            await end_task(work, again_s=_CLEAN_UP_S)
             with contextlib.suppress(LostClaim):  # it had just ended by itself
                 await self._cancel(claim)
         except asyncio.CancelledError:
-            await _cancelled(work)
+            await end_task(work, again_s=_CLEAN_UP_S)
             with contextlib.suppress(RedisError, OSError):
                 await self._queue.release(claim)
             raise
         finally:
-            await _cancelled(work)
-            await _cancelled(holding)
+            await end_task(work, again_s=_CLEAN_UP_S)
+            await end_task(holding)
 
     async def _cancel(self, claim: Claim) -> None:
         """End all that runs for the deployment, see that it is gone, and only then say so.
@@ -148,7 +153,7 @@ class Worker:
         try:
             await self.releases.discard(claim.app_id, claim.deployment_id)
         finally:
-            await _cancelled(holding)
+            await end_task(holding)
         await self._queue.finish(claim, DeploymentState.CANCELLED)
         _log.info("deploy.cancelled", deployment=claim.deployment_id)
 
@@ -174,12 +179,17 @@ class Worker:
         if app is None:
             raise LostClaim(deployment.id)
         tail: list[str] = []
-        try:
-            release = await self._release(claim, app, tail)
-        except (LostClaim, CancelRequested, RedisError):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this deployment and not the worker
-            await self._fail(claim, error, tail)
+        failure: Exception | None = None
+        async with deployment_log(self._logs, Log(app.id, deployment.id), fence=claim.token) as log:
+            try:
+                release = await self._release(claim, app, tail, log)
+            except (LostClaim, CancelRequested, RedisError):
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends this deployment and not the worker
+                failure = error
+                log.say(f"Failed: {_reason_of(error)}")
+        if failure is not None:
+            await self._fail(claim, failure, tail)
             return
         await self._say_running(claim)
         self._retire_older(release)
@@ -194,18 +204,20 @@ class Worker:
         await self._queue.finish(claim, DeploymentState.RUNNING, url=url)
         _log.info("deploy.running", deployment=claim.deployment_id, url=url)
 
-    async def _release(self, claim: Claim, app: App, tail: list[str]) -> Release:
+    async def _release(self, claim: Claim, app: App, tail: list[str], log: LogWriter) -> Release:
         """Unpack, build, start and swap in; `tail` becomes the log lines that say most about where it got to."""
         release = await self.releases.prepare(claim.deployment, app)
         # The same state again: a job that was taken over may be further on already, and never goes back.
         await self._queue.advance(claim, claim.deployment.state, kind=release.plan.kind.value)
-        with BuildLog(release.build_log) as build_log:
+        with BuildLog(release.build_log, sink=log.write) as build_log:
             try:
                 await self.releases.build(release, build_log)
             finally:
                 tail[:] = build_log.tail()
         await self._queue.advance(claim, DeploymentState.STARTING, log_tail=tail)
+        log.say("Built. It is started, and has to answer before it gets traffic.")
         target = await self._start(release, tail)
+        log.say("It is healthy: traffic moves now.")
         await self._queue.renew(claim)  # traffic moves only under a claim that is still ours
         if not await self.releases.swap(release, target, token=claim.token):
             raise LostClaim(claim.deployment_id)
@@ -213,14 +225,10 @@ class Worker:
 
     async def _fail(self, claim: Claim, error: Exception, tail: list[str]) -> None:
         log = _log.bind(deployment=claim.deployment_id)
+        reason = _reason_of(error)
         if isinstance(error, (DeployFailed, EngineUnavailable)):
-            reason = str(error)
             log.info("deploy.failed", reason=reason)
-        elif isinstance(error, OSError):
-            reason = f"The machine that worked on it could not go on: {error.strerror or error}."
-            log.error("deploy.failed", reason=str(error))
         else:
-            reason = "An internal error ended this deployment; the worker's log has the details."
             log.error("deploy.failed", exc_info=error)
         try:
             await self.releases.discard(claim.app_id, claim.deployment_id)
@@ -273,7 +281,7 @@ class Worker:
             await self.releases.retire(app_id, deployment_id)
 
     async def _every(self, interval_s: float, step: Callable[[], Awaitable[None]], name: str) -> None:
-        while not _cancelling():
+        while not is_cancelled():
             try:
                 await step()
             except (RedisError, OSError, EngineUnavailable, DeployFailed) as error:
@@ -289,21 +297,13 @@ def make_runtime(config: WorkerConfig) -> Runtime:
     return LocalRuntime(config.apps_dir)
 
 
-def _cancelling() -> bool:
-    """Whether this task was cancelled and something below swallowed it, as `asyncio.wait_for` may before Python 3.12.
-
-    A task group cancels its tasks once and then waits for them.
-    """
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    """Cancel and wait until it has ended; how it ended is not asked."""
-    task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()  # looked at, or asyncio complains
+def _reason_of(error: Exception) -> str:
+    """For the application's owner."""
+    if isinstance(error, (DeployFailed, EngineUnavailable)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"The machine that worked on it could not go on: {error.strerror or error}."
+    return "An internal error ended this deployment; the worker's log has the details."
 
 
 def _locked(descriptor: int) -> bool:

@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Self
@@ -60,6 +61,15 @@ class RunState:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LogPiece:
+    """A part of what a release wrote, up to `position`, which only its runtime understands."""
+
+    data: bytes
+    position: str
+    skipped: bool = False  # something before it is lost
+
+
 class Runtime(ABC):
     """Builds and runs releases. Any call may raise `EngineUnavailable`."""
 
@@ -112,6 +122,11 @@ class Runtime(ABC):
         """The last lines that the running release wrote; empty when there are none."""
 
     @abstractmethod
+    async def read_log(self, release: Release, position: str, *, max_bytes: int) -> LogPiece:
+        """What the release wrote after `position` (empty: from the beginning), about `max_bytes` of it at most, cut
+        between characters. The position stays when there is nothing. What was read may be dropped where it lies."""
+
+    @abstractmethod
     async def running(self) -> set[tuple[str, str]]:
         """(app id, deployment id) of everything that runs here, whoever started it."""
 
@@ -122,7 +137,8 @@ class Runtime(ABC):
 class BuildLog:
     """The output of a build: a capped file, and its last lines in memory. A context manager."""
 
-    def __init__(self, path: Path, *, cap_bytes: int = _LOG_BYTES) -> None:
+    def __init__(self, path: Path, *, cap_bytes: int = _LOG_BYTES, sink: Callable[[bytes], None] | None = None) -> None:
+        self._sink = sink  # gets everything, too
         self._file: BinaryIO = path.open("wb", buffering=0)
         self._left = cap_bytes
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
@@ -136,6 +152,8 @@ class BuildLog:
 
     def write(self, data: bytes) -> None:
         """Append; past the cap only the tail goes on."""
+        if self._sink is not None:
+            self._sink(data)
         if self._left > 0:
             self._file.write(data[: self._left])
             self._left -= len(data)

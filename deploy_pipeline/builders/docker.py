@@ -11,9 +11,10 @@ import random
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -23,7 +24,7 @@ from docker.errors import APIError, DockerException, NotFound
 from docker.types import IPAMConfig, IPAMPool, LogConfig
 from requests.exceptions import RequestException
 
-from deploy_pipeline.builders.base import BUILD_TIMEOUT_S, STOP_GRACE_S, BuildLog, Release, RunState, Runtime
+from deploy_pipeline.builders.base import BUILD_TIMEOUT_S, STOP_GRACE_S, BuildLog, LogPiece, Release, RunState, Runtime
 from deploy_pipeline.builders.dockerfile import HOST, PORT, dockerfile_for
 from deploy_pipeline.builders.processes import MARK, inherited_environment, kill_release, run_step
 from deploy_pipeline.detect import Kind
@@ -140,6 +141,9 @@ class DockerRuntime(Runtime):
             return container.logs(tail=LOG_TAIL_LINES).decode("utf-8", "replace").splitlines()
 
         return await self._call(read)
+
+    async def read_log(self, release: Release, position: str, *, max_bytes: int) -> LogPiece:
+        return await self._call(self._read_log, release, position, max_bytes)
 
     async def running(self) -> set[tuple[str, str]]:
         def find() -> set[tuple[str, str]]:
@@ -276,6 +280,24 @@ class DockerRuntime(Runtime):
         reason = "it ran out of memory" if state["OOMKilled"] else f"it ended with status {state['ExitCode']}"
         return RunState(running=False, reason=reason)
 
+    def _read_log(self, release: Release, position: str, max_bytes: int) -> LogPiece:
+        """A position is the engine's time of the last line read, to the nanosecond."""
+        # Ten microseconds earlier: a float cannot name a nanosecond, and what was seen is passed over.
+        since: Any = _seconds(position) - 1e-5 if position else None
+        try:
+            container = self._engine.containers.get(_container_name(release.deployment_id))
+            lines: Any = container.logs(timestamps=True, stream=True, follow=False, since=since)
+        except NotFound:
+            return LogPiece(b"", position)
+        data, last = bytearray(), position
+        for line in _whole_lines(lines):
+            at, _, text = line.partition(b" ")
+            if (found := at.decode("ascii", "replace")) > position:
+                data, last = data + text, found
+            if len(data) >= max_bytes:
+                break
+        return LogPiece(bytes(data), last)
+
     def _stop(self, deployment_id: str) -> None:
         with contextlib.suppress(NotFound):
             container = self._engine.containers.get(_container_name(deployment_id))
@@ -300,6 +322,21 @@ class DockerRuntime(Runtime):
 def _container_name(deployment_id: str) -> str:
     """Also a host name in the application's network, so without an underscore."""
     return "code-sessions-" + deployment_id.replace("_", "-")
+
+
+def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest
+
+
+def _seconds(timestamp: str) -> float:
+    """Of the engine's `2026-11-22T19:39:40.123456789Z`, since 1970."""
+    whole, _, fraction = timestamp.removesuffix("Z").partition(".")
+    return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
 
 def _network_name(app_id: str) -> str:

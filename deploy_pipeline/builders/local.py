@@ -19,6 +19,7 @@ from deploy_pipeline.builders.base import (
     BUILD_TIMEOUT_S,
     STOP_GRACE_S,
     BuildLog,
+    LogPiece,
     Release,
     RunState,
     Runtime,
@@ -38,12 +39,12 @@ from deploy_pipeline.builders.processes import (
 )
 from deploy_pipeline.detect import Kind, site_root
 from deploy_pipeline.errors import BuildFailed, NotDeployable, StartFailed
+from deploy_pipeline.logs import complete_utf8
 from deploy_pipeline.routing import HttpTarget, StaticTarget, Target
 
 _HOST: Final = "127.0.0.1"
 _PORTS: Final = range(20_000, 32_000)  # below Linux's ephemeral ports, so that no outgoing connection takes one
 _LOG_CAP_BYTES: Final = 8 * 1024 * 1024
-_LOG_KEPT_BYTES: Final = 1024 * 1024
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _STABLE_S: Final = 60.0  # after so long the next crash counts as a first one
@@ -145,7 +146,6 @@ class LocalRuntime(Runtime):
     async def keep_running(self, release: Release) -> Target | None:
         if release.plan.kind is Kind.STATIC:
             return None
-        await asyncio.to_thread(_cap_log, _log_of(release))
         restarts = self._restarts.setdefault(release.deployment_id, _Restarts())
         now = time.monotonic()
         if (await self.state(release)).running:
@@ -184,6 +184,9 @@ class LocalRuntime(Runtime):
 
     async def log_tail(self, release: Release) -> list[str]:
         return await asyncio.to_thread(tail_of_file, _log_of(release))
+
+    async def read_log(self, release: Release, position: str, *, max_bytes: int) -> LogPiece:
+        return await asyncio.to_thread(_read_log, _log_of(release), int(position or 0), max_bytes)
 
     async def running(self) -> set[tuple[str, str]]:
         def find() -> set[tuple[str, str]]:
@@ -232,14 +235,22 @@ def _known_process(folder: Path) -> _Process | None:
         return None
 
 
-def _cap_log(path: Path) -> None:
-    """Keep the end of a log that grew too long, in place: the application goes on appending to the same file."""
-    with contextlib.suppress(FileNotFoundError):
+def _read_log(path: Path, position: int, max_bytes: int) -> LogPiece:
+    """The application appends to the same file as long as it runs, so a file that is long and copied is emptied in
+    place. What it writes in that very moment is lost.
+    """
+    try:
         size = path.stat().st_size
-        if size > _LOG_CAP_BYTES:
-            with path.open("r+b") as file:
-                file.seek(size - _LOG_KEPT_BYTES)
-                end = file.read(_LOG_KEPT_BYTES)
-                file.seek(0)
-                file.write(end)
-                file.truncate()
+        if size < position:
+            return LogPiece(b"", "0")  # it was emptied; said in a step of its own, so that it is said once
+        skipped = size - position > _LOG_CAP_BYTES
+        if skipped or (size == position and size > _LOG_CAP_BYTES // 2):
+            os.truncate(path, 0)
+            return LogPiece(b"", "0", skipped=skipped)
+        with path.open("rb") as file:
+            file.seek(position)
+            data = file.read(max_bytes)
+    except FileNotFoundError:
+        return LogPiece(b"", str(position) if position else "")
+    data = data[: complete_utf8(data)]
+    return LogPiece(data, str(position + len(data)) if data or position else "")

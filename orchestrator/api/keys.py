@@ -2,6 +2,7 @@
 
 from aiohttp import web
 
+from orchestrator.deployments.logs import Logs
 from orchestrator.deployments.service import Deployments
 from orchestrator.sessions.lifecycle import SessionLifecycle
 from orchestrator.sessions.registry import SessionRegistry
@@ -12,4 +13,5 @@ SETTINGS = web.AppKey("settings", Settings)
 REGISTRY = web.AppKey("registry", SessionRegistry)
 LIFECYCLE = web.AppKey("lifecycle", SessionLifecycle)
 TERMINALS = web.AppKey("terminals", Terminals)
+LOGS = web.AppKey("logs", Logs)
 DEPLOYMENTS = web.AppKey("deployments", Deployments)

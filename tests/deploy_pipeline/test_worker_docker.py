@@ -9,6 +9,7 @@ import pytest
 from conftest import ORG, Pipeline, running_worker
 
 from deploy_pipeline.jobs import DeploymentState
+from deploy_pipeline.logs import Log, LogStore
 from deploy_pipeline.worker import WorkerConfig
 
 pytestmark = pytest.mark.docker
@@ -94,6 +95,21 @@ async def test_a_flask_application_runs_hardened(on_docker, engine):
     assert host["RestartPolicy"]["Name"] == "unless-stopped"
     assert {binding["HostIp"] for bindings in host["PortBindings"].values() for binding in bindings} == {"127.0.0.1"}
     assert list(container.attrs["NetworkSettings"]["Networks"]) != ["bridge"]
+
+
+async def test_what_a_container_writes_is_in_the_applications_log_once(on_docker):
+    before = 'import threading, time\nfor n in range(300):\n    print("line", n, flush=True)\n'
+    done = await on_docker.deploy({"main.py": before + SERVER % "one"})
+    store, text = LogStore(on_docker.queue._redis), ""
+    async with asyncio.timeout(15):
+        while "line 299" not in text:
+            page = await store.read(Log(done.app_id), after=0, limit=1000)
+            text = "".join(chunk.text for chunk in page.chunks)
+            await asyncio.sleep(0.2)
+    await asyncio.sleep(1.5)
+    page = await store.read(Log(done.app_id), after=0, limit=1000)
+    lines = "".join(chunk.text for chunk in page.chunks).splitlines()
+    assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(300)]
 
 
 async def test_an_unchanged_archive_is_not_built_again_and_the_new_release_takes_over(on_docker, engine):

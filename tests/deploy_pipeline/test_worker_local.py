@@ -5,8 +5,10 @@ import textwrap
 
 from conftest import ORG, Pipeline, children_of_release, is_gone, running_worker
 
+from deploy_pipeline.builders.local import _LOG_CAP_BYTES, _read_log
 from deploy_pipeline.builders.processes import MARK
 from deploy_pipeline.jobs import DeploymentState, Stage
+from deploy_pipeline.logs import Log, LogStore
 from deploy_pipeline.worker import WorkerConfig
 
 FLASK = """
@@ -246,6 +248,53 @@ async def test_a_worker_that_is_stopped_in_the_middle_of_a_build_gives_it_back_a
     assert children_of_release(deployment.id) == []
     claim = await queue.take(Stage.BUILD, "next", block_s=1)
     assert (claim.deployment_id, claim.attempt) == (deployment.id, 1)
+
+
+async def log_text(pipeline, log):
+    page = await LogStore(pipeline.queue._redis).read(log, after=0, limit=1000)
+    return "".join(chunk.text for chunk in page.chunks), {chunk.source for chunk in page.chunks}
+
+
+async def test_the_log_of_a_build_can_be_read_while_it_runs_and_afterwards(local):
+    build = '{"scripts": {"build": "echo compiling; sleep 2; echo compiled; exit 3"}}'
+    deployment = await local.submit({"Procfile": "web: x", "package.json": build})
+    log = Log(deployment.app_id, deployment.id)
+    async with asyncio.timeout(20):
+        while "\ncompiling\n" not in (text := (await log_text(local, log))[0]):
+            await asyncio.sleep(0.05)
+    assert "\ncompiled\n" not in text
+    done = await local.settled(deployment)
+    text, _ = await log_text(local, log)
+    assert "\ncompiled\n" in text
+    assert text.endswith(f"Failed: {done.reason}\n")
+
+
+async def test_what_applications_write_is_kept_across_releases_with_the_release_that_wrote_it(local):
+    first = await local.deploy({"main.py": script("1", before="print('one ü', flush=True)")})
+    ended = await local.deploy({"main.py": "print('boom', flush=True)\nraise SystemExit(4)"})
+    second = await local.deploy({"main.py": script("2", before="print('two', flush=True)")})
+    async with asyncio.timeout(10):
+        while "two" not in (await log_text(local, Log(first.app_id)))[0]:
+            await asyncio.sleep(0.1)
+    await asyncio.sleep(1.5)  # the supervisor copies as well
+    text, sources = await log_text(local, Log(first.app_id))
+    assert [line for line in text.splitlines() if line in {"one ü", "boom", "two"}] == ["one ü", "boom", "two"]
+    assert sources == {first.id, ended.id, second.id}
+
+
+async def test_a_flood_of_an_application_is_bounded_on_disk_and_what_is_missing_is_said(tmp_path, redis):
+    log = tmp_path / "app.log"
+    written = 0
+    with log.open("ab", buffering=0) as file:
+        position, text = "", b""
+        for _ in range(40):
+            file.write(b"x" * 1_000_000)
+            written += 1_000_000
+            piece = _read_log(log, int(position or 0), 100_000)
+            text += piece.data + (b"MISSING" if piece.skipped else b"")
+            position = piece.position
+            assert log.stat().st_size <= _LOG_CAP_BYTES + 2_000_000
+    assert b"MISSING" in text
 
 
 HANGING = {"Procfile": "web: x", "package.json": '{"scripts": {"build": "(setsid sleep 1004 &) ; sleep 1005"}}'}

@@ -3,6 +3,10 @@
 PipelineError
   LostClaim           somebody else has the job
   CancelRequested     the deployment is to be cancelled by who works on it
+  AppIsRemoved        the application is being removed
+  NothingToRun        the application has no release, or does not exist
+  DeploymentInProgress  the application has a deployment in progress: the text is its id
+  ReleaseNotKept      there is no such release to go back to: the text is what was asked for
   ForbiddenChange     the table of states has no such change: a bug in the caller
   DeployFailed        it ends the deployment as failed, with this reason
     ArchiveRefused      the archive is damaged, too large, or tries something
@@ -23,6 +27,22 @@ class LostClaim(PipelineError):
 
 class CancelRequested(PipelineError):
     """Somebody asked to cancel the deployment: end all that runs for it, then say `cancelled`."""
+
+
+class AppIsRemoved(PipelineError):
+    """Nothing new is begun for an application that is being removed."""
+
+
+class NothingToRun(PipelineError):
+    """Nothing of the application ever served."""
+
+
+class DeploymentInProgress(PipelineError):
+    """Going back would be undone when that one is done."""
+
+
+class ReleaseNotKept(PipelineError):
+    """Only the last healthy releases are kept."""
 
 
 class ForbiddenChange(PipelineError):

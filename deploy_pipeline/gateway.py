@@ -20,13 +20,15 @@ from multidict import CIMultiDict, MultiMapping
 from redis.exceptions import RedisError
 from yarl import URL
 
-from deploy_pipeline.routing import HttpTarget, Route, Routes, StaticTarget
+from deploy_pipeline.routing import CHANGED, HttpTarget, Route, Routes, StaticTarget, StoppedTarget
+from deploy_pipeline.tasks import end_task, is_cancelled
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 _CACHE_S: Final = 1.0  # how long a lookup is trusted: a swapped-out release has to live on for longer than this
 _CACHE_ENTRIES: Final = 10_000
+_CHANNEL_S: Final = 2.0  # less than the client's socket timeout
 _CONNECT_S: Final = 5.0
 _FIRST_BYTE_S: Final = 120.0
 _PIECE_BYTES: Final = 64 * 1024
@@ -54,9 +56,10 @@ _WEBSOCKET: Final = frozenset(
 def build_gateway(redis: "Redis") -> web.Application:
     """An aiohttp application that serves every application in the route table, by the first label of `Host`."""
     app = web.Application(client_max_size=0, handler_args={"auto_decompress": False})
-    gateway = Gateway(Routes(redis))
+    gateway = Gateway(redis)
     app.router.add_route("*", "/{path:.*}", gateway.handle)
     app.cleanup_ctx.append(gateway.client)
+    app.cleanup_ctx.append(gateway.news)
     return app
 
 
@@ -65,8 +68,8 @@ class Gateway:
 
     session: aiohttp.ClientSession
 
-    def __init__(self, routes: Routes) -> None:
-        self._routes = routes
+    def __init__(self, redis: "Redis") -> None:
+        self._redis, self._routes = redis, Routes(redis)
         self._cache: dict[str, tuple[float, Route | None]] = {}
 
     async def client(self, _app: web.Application) -> AsyncIterator[None]:
@@ -81,6 +84,23 @@ class Gateway:
             self.session = session
             yield
 
+    async def news(self, _app: web.Application) -> AsyncIterator[None]:
+        """Routes that change are looked up again at once, while the gateway runs and the store can be reached."""
+        listening = asyncio.create_task(self._listen())
+        yield
+        await end_task(listening)
+
+    async def _listen(self) -> None:
+        while not is_cancelled():
+            with contextlib.suppress(RedisError, OSError):  # lookups are not trusted for long anyway
+                async with self._redis.pubsub() as channel:
+                    await channel.subscribe(CHANGED)
+                    while not is_cancelled():
+                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=_CHANNEL_S)
+                        if message is not None:
+                            self._cache.pop(str(message["data"], "utf-8"), None)
+            await asyncio.sleep(_CACHE_S)
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         name = request.host.partition(":")[0].partition(".")[0].lower()
         try:
@@ -89,6 +109,8 @@ class Gateway:
             return _page(request, 503, "Not available right now", "The gateway cannot look up where this leads.")
         if route is None:
             return _page(request, 404, "No application here", "Nothing is deployed under this name.")
+        if isinstance(route.target, StoppedTarget):
+            return _page(request, 503, "Stopped", "This application was stopped by its owner.")
         if isinstance(route.target, StaticTarget):
             return await asyncio.to_thread(_static, request, Path(route.target.root))
         if request.headers.get("Upgrade", "").lower() == "websocket":

@@ -42,6 +42,7 @@ ALLOWED: Final[dict[DeploymentState, frozenset[DeploymentState]]] = {
     DeploymentState.QUEUED: frozenset(
         {
             DeploymentState.ARCHIVING,
+            DeploymentState.STARTING,  # a rollback: it was built before
             DeploymentState.FAILED,
             DeploymentState.CANCELLED,
             DeploymentState.SUPERSEDED,
@@ -80,10 +81,11 @@ def public_status(state: DeploymentState) -> str:
 
 
 class Stage(StrEnum):
-    """The two queues that a deployment goes through."""
+    """The queues that a deployment may go through."""
 
     ARCHIVE = "archive"  # served by the control plane, which can reach the workspace
     BUILD = "build"  # served by deploy workers
+    START = "start"  # likewise, but nothing is built, so nobody has to wait behind a build
 
 
 class Deployment(BaseModel):
@@ -105,6 +107,8 @@ class Deployment(BaseModel):
     kind: str = ""  # what was detected: "static", "python", ...
     url: str = ""
     superseded_by: str = ""
+    rollback_of: str = ""  # the deployment whose release this one runs again
+    settings_version: int = 0  # of the environment that it runs with
     cancel_requested: int = 0  # when somebody asked for it; 0: nobody
     times: dict[DeploymentState, int] = Field(default_factory=dict)  # when each state was entered
     created_at: int
@@ -125,6 +129,23 @@ class Deployment(BaseModel):
         return cls.model_validate(values)
 
 
+class Desired(StrEnum):
+    """What an application was ordered to be."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    REMOVED = "removed"
+
+
+class Health(StrEnum):
+    """How the release that serves is."""
+
+    RUNNING = "running"
+    RESTARTING = "restarting"  # it ended, and is started again
+    CRASH_LOOPING = "crash-looping"  # it ended again and again: the pauses grow
+    STOPPED = "stopped"
+
+
 class App(BaseModel):
     """Where a session's deployments run: one for each session, with a name and URL that stay. Times: UTC ms."""
 
@@ -139,8 +160,24 @@ class App(BaseModel):
     current_deployment_id: str = ""  # the one that serves
     active_deployment_id: str = ""  # the one in progress
     waiting_deployment_id: str = ""  # the one that follows it
+    kept: str = ""  # the last healthy ones by comma, the oldest first: those that can be gone back to
+    settings_version: int = 0  # of the environment that the next release gets; 0: none was ever set
+    desired: Desired = Desired.RUNNING
+    health: Health = Health.RUNNING  # of the release that serves
+    health_reason: str = ""
+    restarts: int = 0
+    order: str = ""  # the last one
+    ordered: int = 0  # how many orders there were
+    obeyed: int = 0  # up to which they were carried out
+    order_error: str = ""  # why the last one was not, as far as could be
+    ordered_at: int = 0
     created_at: int
     updated_at: int
+
+
+def kept_ids(app: App) -> list[str]:
+    """The deployments whose releases can be gone back to, the oldest first, with the one that serves."""
+    return [deployment_id for deployment_id in app.kept.split(",") if deployment_id]
 
 
 def app_id_of_session(session_id: str) -> str:

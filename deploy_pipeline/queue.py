@@ -7,7 +7,6 @@ streams (one for each `Stage`) only carry the news to whoever is free: an entry 
 
 import asyncio
 import contextlib
-import importlib.resources
 import json
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from redis.exceptions import RedisError, ResponseError
 
-from deploy_pipeline.errors import CancelRequested, ForbiddenChange, LostClaim
+from deploy_pipeline.errors import AppIsRemoved, CancelRequested, ForbiddenChange, LostClaim
 from deploy_pipeline.jobs import (
     REASON_CHARACTERS,
     SETTLED,
@@ -29,7 +28,8 @@ from deploy_pipeline.jobs import (
     new_deployment_id,
     sources_of,
 )
-from deploy_pipeline.records import Records, app_key, organization_key, text_of
+from deploy_pipeline.records import app_key, organization_key, text_of
+from deploy_pipeline.steps import BUSY_APPS, GROUP, Steps, stream_key
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -39,8 +39,6 @@ SWEEP_INTERVAL_S: Final = 5.0  # with LEASE_S: a dead consumer's job is announce
 MAX_ATTEMPTS: Final = 3
 IDEMPOTENCY_S: Final = 24 * 3600
 _CANCEL_LOOK_S: Final = 0.5  # how soon who works on a deployment notices that it is to be cancelled
-_GROUP: Final = "consumers"
-_BUSY_APPS: Final = "deploy:busy"  # a set: the applications that the sweep looks at
 EXHAUSTED: Final = f"Given up after {MAX_ATTEMPTS} attempts: each time the process that worked on it died."
 _PENDING_IDLE_MS: Final = 10_000  # an entry that was read but not claimed for so long: its reader died in between
 
@@ -54,6 +52,7 @@ class Facts(TypedDict, total=False):
     archive_bytes: int
     kind: str
     url: str
+    settings_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +86,13 @@ class Finished:
     replaced: str  # the deployment that served until now
 
 
-def stream_key(stage: Stage) -> str:
-    return f"deploy:stream:{stage}"
-
-
 @dataclass(frozen=True, slots=True)
 class Submitted:
     deployment: Deployment
     body_hash: str  # of the request that made it: another one than the caller's means that the key was used before
 
 
-class DeploymentQueue(Records):
+class DeploymentQueue(Steps):
     """Deployments and applications in Redis. Any call may raise redis-py's `RedisError`; then nothing is half done
     that `sweep` does not repair.
 
@@ -107,10 +102,6 @@ class DeploymentQueue(Records):
     def __init__(self, redis: "Redis", *, lease_s: float = LEASE_S) -> None:
         super().__init__(redis)
         self._lease_ms = int(lease_s * 1000)
-        self._script = redis.register_script(
-            importlib.resources.files("deploy_pipeline").joinpath("queue.lua").read_text("utf-8")
-        )
-        self._groups: set[Stage] = set()
 
     # What the API asks
 
@@ -130,6 +121,9 @@ class DeploymentQueue(Records):
         It is in progress at once when none of the application is; else it waits, and the one that waited before it
         is superseded. The application is made with the session's first deployment. A `request_key` that was used for
         the session in the last `IDEMPOTENCY_S` gives the deployment of then and does nothing.
+
+        Raises:
+            AppIsRemoved: the application is being removed.
         """
         app_id = app_id_of_session(session_id)
         app = {
@@ -148,18 +142,17 @@ class DeploymentQueue(Records):
             "user_id": user_id,
         }
         # Before the script: an entry for an application that was not made after all is ignored, a missing one is not.
-        await self._redis.sadd(_BUSY_APPS, app_id)
+        await self._redis.sadd(BUSY_APPS, app_id)
         await self._redis.zadd(organization_key(organization_id), {app_id: await self._now_ms()}, nx=True)
         fields = [item for pair in (*app.items(), *deployment.items()) for item in pair]
         options = (request_key, str(IDEMPOTENCY_S), body_hash, str(len(app) * 2))
         new, raw_id, raw_hash = await self._run(app_id, "submit", deployment["id"], *options, *fields)
+        if new < 0:
+            raise AppIsRemoved(app_id)
         deployment_id = text_of(raw_id)
         if new:
             await self._announce(app_id, deployment_id, Stage.ARCHIVE)
-        stored = await self.get(organization_id, deployment_id)
-        if stored is None:  # the record was written above and is never removed while it is the newest
-            raise RuntimeError(f"{deployment_id} vanished from the store")
-        return Submitted(stored, text_of(raw_hash))
+        return Submitted(await self.just_made(deployment_id), text_of(raw_hash))
 
     async def submitted(self, organization_id: str, session_id: str, request_key: str) -> Submitted | None:
         """What an earlier request with this key has made; None when there was none."""
@@ -174,9 +167,9 @@ class DeploymentQueue(Records):
         app_id = app_id_of_deployment(deployment_id)
         if app_id is None:
             return
-        outcome, activated = await self._run(app_id, "cancel", deployment_id)
+        outcome, activated, stage = await self._run(app_id, "cancel", deployment_id)
         if outcome == b"unserved":
-            await self._announce(app_id, deployment_id, Stage.BUILD)
+            await self._announce(app_id, deployment_id, Stage(text_of(stage)))
         if activated:
             await self._announce(app_id, text_of(activated), Stage.ARCHIVE)
 
@@ -194,7 +187,7 @@ class DeploymentQueue(Records):
         entry_id, deployment_id = entry
         claim = await self._claim(stage, consumer, deployment_id)
         # Only now: a reader that dies before this leaves the entry pending, and another one gets it.
-        await self._redis.xack(stream_key(stage), _GROUP, entry_id)
+        await self._redis.xack(stream_key(stage), GROUP, entry_id)
         await self._redis.xdel(stream_key(stage), entry_id)
         if claim is None or stage is not Stage.ARCHIVE:
             return claim
@@ -275,16 +268,16 @@ class DeploymentQueue(Records):
         by any number of processes. Returns how many were announced.
         """
         announced = 0
-        for raw in await self._redis.smembers(_BUSY_APPS):
+        for raw in await self._redis.smembers(BUSY_APPS):
             app_id = text_of(raw)
             work = await self._run(app_id, "unserved")
             if work is None:
                 # Removed before the second look: a deployment that is submitted in between is not forgotten.
-                await self._redis.srem(_BUSY_APPS, app_id)
+                await self._redis.srem(BUSY_APPS, app_id)
                 work = await self._run(app_id, "unserved")
                 if work is None:
                     continue
-                await self._redis.sadd(_BUSY_APPS, app_id)
+                await self._redis.sadd(BUSY_APPS, app_id)
             if not work:
                 continue
             deployment_id, stage, entry = (part.decode() for part in work)
@@ -302,13 +295,13 @@ class DeploymentQueue(Records):
         await self._ensure_group(stage)
         try:
             _, abandoned, *_ = await self._redis.xautoclaim(
-                key, _GROUP, consumer, min_idle_time=_PENDING_IDLE_MS, start_id="0-0", count=1
+                key, GROUP, consumer, min_idle_time=_PENDING_IDLE_MS, start_id="0-0", count=1
             )
             if abandoned:
                 return _entry(abandoned[0])
             # Zero would mean "for ever" to Redis.
             answer = await self._redis.xreadgroup(
-                _GROUP, consumer, {key: ">"}, count=1, block=max(1, int(block_s * 1000))
+                GROUP, consumer, {key: ">"}, count=1, block=max(1, int(block_s * 1000))
             )
         except ResponseError as error:
             if "NOGROUP" not in str(error):
@@ -319,16 +312,6 @@ class DeploymentQueue(Records):
             return None
         streams = list(answer.values()) if isinstance(answer, dict) else [entries for _, entries in answer]
         return _entry(_flat(streams[0]))
-
-    async def _ensure_group(self, stage: Stage) -> None:
-        if stage in self._groups:
-            return
-        try:
-            await self._redis.xgroup_create(stream_key(stage), _GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):  # it is there already
-                raise
-        self._groups.add(stage)
 
     async def _claim(self, stage: Stage, consumer: str, deployment_id: str) -> Claim | None:
         app_id = app_id_of_deployment(deployment_id)
@@ -348,18 +331,6 @@ class DeploymentQueue(Records):
         return await self._run(
             claim.app_id, step, claim.deployment_id, str(claim.token), to_state.value, sources, stage, *pairs
         )
-
-    async def _announce(self, app_id: str, deployment_id: str, stage: Stage) -> None:
-        await self._ensure_group(stage)
-        entry_id = await self._redis.xadd(stream_key(stage), {"deployment": deployment_id})
-        await self._run(app_id, "announced", deployment_id, stage.value, text_of(entry_id))
-
-    async def _run(self, app_id: str, step: str, *arguments: str) -> Any:
-        return await self._script(keys=[app_key(app_id)], args=[step, *arguments])
-
-    async def _now_ms(self) -> int:
-        seconds, microseconds = await self._redis.time()
-        return int(seconds) * 1000 + int(microseconds) // 1000
 
 
 def _as_fields(facts: Facts) -> dict[str, str]:

@@ -25,6 +25,12 @@ class Records:
         fields = await self._hash(f"{app_key(app_id)}:{deployment_id}") if app_id else {}
         return Deployment.from_hash(fields) if fields else None
 
+    async def just_made(self, deployment_id: str) -> Deployment:
+        made = await self.find(deployment_id)
+        if made is None:  # it was written a moment ago, and is never removed while it is the newest
+            raise RuntimeError(f"{deployment_id} vanished from the store")
+        return made
+
     async def get_app(self, organization_id: str, app_id: str) -> App | None:
         """None for an unknown one and for another organization's."""
         if not is_app_id(app_id):
@@ -33,6 +39,11 @@ class Records:
         if fields.get("organization_id") != organization_id:
             return None
         return App.model_validate(fields)
+
+    async def find_app(self, app_id: str) -> App | None:
+        """For workers, which act for every organization. Never to answer a caller with."""
+        fields = await self._hash(app_key(app_id))
+        return App.model_validate(fields) if "id" in fields else None
 
     async def app_of_session(self, organization_id: str, session_id: str) -> App | None:
         """None when the session was never deployed, and for another organization's."""

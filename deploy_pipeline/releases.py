@@ -10,17 +10,18 @@ import aiohttp
 
 from deploy_pipeline.app_logs import AppLogs
 from deploy_pipeline.archive import ArchiveStore, extract
-from deploy_pipeline.builders.base import BuildLog, Release, Runtime
+from deploy_pipeline.builders.base import BuildLog, Release, RunState, Runtime
 from deploy_pipeline.detect import detect
 from deploy_pipeline.errors import StartFailed
 from deploy_pipeline.jobs import App, Deployment
 from deploy_pipeline.logs import LogStore
+from deploy_pipeline.orders import Orders
 from deploy_pipeline.routing import HttpTarget, Route, Routes, Target
 
 HEALTHY_WITHIN_S: Final = 60.0
 KEPT_RELEASES: Final = 3
 # Longer than a gateway trusts a lookup, so that no request is led to a release that is being stopped.
-DRAIN_S: Final = 2.0
+DRAIN_S: Final = 30.0
 _CHECK_INTERVAL_S: Final = 1.0
 _FIRST_CHECKS_S: Final = 0.1  # most applications are up within a second: do not make them wait for the interval
 _CHECK_TIMEOUT_S: Final = 5.0
@@ -34,6 +35,7 @@ class Releases:
         self,
         runtime: Runtime,
         routes: Routes,
+        orders: Orders,
         logs: LogStore,
         archives: ArchiveStore,
         apps_dir: Path,
@@ -42,7 +44,7 @@ class Releases:
         drain_s: float = DRAIN_S,
     ) -> None:
         self._runtime, self._routes, self._archives, self._apps_dir = runtime, routes, archives, apps_dir
-        self._logs = AppLogs(logs, runtime)
+        self._orders, self.logs = orders, AppLogs(logs, runtime)
         self._healthy_within_s, self._drain_s = healthy_within_s, drain_s
 
     async def prepare(self, deployment: Deployment, app: App) -> Release:
@@ -65,13 +67,34 @@ class Releases:
             archive_sha256=deployment.archive_sha256,
             folder=folder,
             plan=plan,
+            settings_version=app.settings_version,
         )
         await asyncio.to_thread(release.save)
         return release
 
-    async def build(self, release: Release, log: BuildLog) -> None:
-        """Raises NotDeployable and BuildFailed, with the reason."""
+    async def build(self, release: Release, log: BuildLog) -> Release:
+        """The release as it was built. Raises NotDeployable and BuildFailed, with the reason."""
         await self._runtime.build(release, log)
+        built = release.model_copy(update={"image": await self._runtime.image_of(release)})
+        await asyncio.to_thread(built.save)
+        return built
+
+    async def again(self, deployment: Deployment) -> Release:
+        """The kept release that a rollback goes back to, under the rollback's own id.
+
+        Raises:
+            StartFailed: it is not there any more.
+        """
+        await self.discard(deployment.app_id, deployment.id)
+        kept = self.load(deployment.app_id, deployment.rollback_of)
+        if kept is None:
+            raise StartFailed("The files of that release are gone.")
+        folder = self._apps_dir / deployment.app_id / deployment.id
+        folder.mkdir(parents=True)
+        changes = {"deployment_id": deployment.id, "folder": folder, "built_in": kept.built, "healthy_at": 0}
+        release = kept.model_copy(update=changes)
+        await asyncio.to_thread(release.save)
+        return release
 
     async def start(self, release: Release) -> Target:
         """Start the release and wait until it answers; the old one serves meanwhile.
@@ -79,10 +102,9 @@ class Releases:
         Raises:
             StartFailed: it ended, or does not answer, with the reason; it may still run.
         """
-        async with self._logs.following(release):
-            target = await self._runtime.start(release)
-            if isinstance(target, HttpTarget):
-                await self._wait_until_healthy(release, target)
+        async with self.logs.following(release):
+            target = await self._runtime.start(release, await self._env_of(release))
+            await self.wait_until_healthy(release, target)
             return target
 
     async def swap(self, release: Release, target: Target, *, token: int) -> bool:
@@ -107,14 +129,15 @@ class Releases:
         """Leave nothing of a release: no process, container, image of its own, or file."""
         kept = [release for release in self._kept(app_id) if release.deployment_id != deployment_id]
         await self._runtime.discard(app_id, deployment_id, kept=kept)
-        await asyncio.to_thread(shutil.rmtree, self._apps_dir / app_id / deployment_id, ignore_errors=True)
+        folder = self._apps_dir / app_id / deployment_id
+        if any(release.built_in == folder for release in self._releases_of(app_id)):
+            (folder / "release.json").unlink(missing_ok=True)  # the files go with the last release that runs them
+        else:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    async def remove_app(self, app_id: str) -> None:
-        """Leave nothing of an application."""
-        name = ""
-        for folder in self._folders(app_id):
-            release = Release.load(folder)
-            name = release.app_name if release is not None else name
+    async def remove_app(self, app_id: str, *, name: str = "") -> None:
+        """Leave nothing of an application, `name` being its first label in the URL if it is known."""
+        name = name or next((release.app_name for release in self._releases_of(app_id)), "")
         if name:
             await self._routes.remove(name)
         running = {deployment_id for owner, deployment_id in await self._runtime.running() if owner == app_id}
@@ -126,18 +149,27 @@ class Releases:
     async def log_tail(self, release: Release) -> list[str]:
         return await self._runtime.log_tail(release)
 
-    async def keep_running(self) -> None:
-        """One round of supervision: every release of this machine that serves runs, or is restarted."""
-        for name, route in (await self._routes.all()).items():
-            release = Release.load(self._apps_dir / route.app_id / route.deployment_id)
-            if release is None:
-                continue  # another machine's
-            await self._logs.copy(release)
-            target = await self._runtime.keep_running(release)
-            if target is not None:
-                moved = Route(app_id=route.app_id, deployment_id=route.deployment_id, target=target)
-                if not await self._routes.move(name, moved):
-                    await self._runtime.stop(route.app_id, route.deployment_id)
+    async def start_again(self, release: Release) -> Target:
+        """Start a release that had served and does not run; returns before it listens.
+
+        Raises:
+            StartFailed: it could not even be started.
+        """
+        target = await self._runtime.start(release, await self._env_of(release))
+        await self._runtime.settle(release)
+        return target
+
+    async def state(self, release: Release) -> RunState:
+        return await self._runtime.state(release)
+
+    async def stop(self, release: Release) -> None:
+        """End what runs of it; its files stay."""
+        await self._runtime.stop(release.app_id, release.deployment_id)
+        await self.logs.copy(release)
+
+    def load(self, app_id: str, deployment_id: str) -> Release | None:
+        """None when it is not on this machine."""
+        return Release.load(self._apps_dir / app_id / deployment_id)
 
     async def known(self) -> set[tuple[str, str]]:
         """(app id, deployment id) of everything that has a process, a container or a folder here."""
@@ -152,7 +184,7 @@ class Releases:
         """End a release that should not run any more; its files stay when it is one of those to go back to."""
         release = Release.load(self._apps_dir / app_id / deployment_id)
         if release is not None:
-            await self._logs.copy(release)
+            await self.logs.copy(release)
         if any(release.deployment_id == deployment_id for release in self._kept(app_id)):
             await self._runtime.stop(app_id, deployment_id)
         else:
@@ -163,16 +195,28 @@ class Releases:
 
     def _healthy(self, app_id: str) -> list[Release]:
         """Releases that were healthy once, the oldest first."""
-        found = [Release.load(folder) for folder in self._folders(app_id)]
-        healthy = [release for release in found if release is not None and release.healthy_at]
+        healthy = [release for release in self._releases_of(app_id) if release.healthy_at]
         return sorted(healthy, key=lambda release: release.healthy_at)
+
+    def _releases_of(self, app_id: str) -> list[Release]:
+        found = [Release.load(folder) for folder in self._folders(app_id)]
+        return [release for release in found if release is not None]
+
+    async def _env_of(self, release: Release) -> dict[str, str]:
+        return await self._orders.env(release.app_id, release.settings_version)
 
     def _kept(self, app_id: str) -> list[Release]:
         """The last healthy releases, whose files stay to go back to."""
         return self._healthy(app_id)[-KEPT_RELEASES:]
 
-    async def _wait_until_healthy(self, release: Release, target: HttpTarget) -> None:
-        """Any answer below 500 on its port will do."""
+    async def wait_until_healthy(self, release: Release, target: Target) -> None:
+        """Any answer below 500 on its port will do.
+
+        Raises:
+            StartFailed: it ended, or does not answer.
+        """
+        if not isinstance(target, HttpTarget):
+            return
         began = time.monotonic()
         seen = "nothing listens on the port in PORT"
         timeout = aiohttp.ClientTimeout(total=_CHECK_TIMEOUT_S)

@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 _ROUTES: Final = "deploy:routes"  # field: the application's name; value: a Route as JSON
 _FENCES: Final = "deploy:route-fences"  # field: the name; value: the token of the claim that set it last
 
+CHANGED: Final = "deploy:routes-changed"  # a channel: the names whose routes have just changed
+
 # A worker that lost its claim must not move traffic: tokens only grow.
 _SET: Final = """
 if tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') > tonumber(ARGV[3]) then return 0 end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('PUBLISH', ARGV[4], ARGV[1])
 return 1
 """
 # A restarted process has another port; but by then a newer release may have taken over.
@@ -22,6 +25,7 @@ _MOVE: Final = """
 local route = redis.call('HGET', KEYS[1], ARGV[1])
 if not route or cjson.decode(route).deployment_id ~= ARGV[3] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('PUBLISH', ARGV[4], ARGV[1])
 return 1
 """
 
@@ -43,7 +47,14 @@ class StaticTarget(BaseModel):
     root: str
 
 
-Target = HttpTarget | StaticTarget
+class StoppedTarget(BaseModel):
+    """An application that was stopped on purpose: visitors are told so."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["stopped"] = "stopped"
+
+
+Target = HttpTarget | StaticTarget | StoppedTarget
 
 
 class Route(BaseModel):
@@ -77,12 +88,14 @@ class Routes:
 
     async def set(self, name: str, route: Route, *, token: int) -> bool:
         """Move the traffic. False, and nothing done, when a claim with a higher token did so before."""
-        return bool(await self._set(keys=[_ROUTES, _FENCES], args=[name, route.model_dump_json(), token]))
+        return bool(await self._set(keys=[_ROUTES, _FENCES], args=[name, route.model_dump_json(), token, CHANGED]))
 
     async def move(self, name: str, route: Route) -> bool:
         """Give the same deployment another target. False when the route is another deployment's by now."""
-        return bool(await self._move(keys=[_ROUTES], args=[name, route.model_dump_json(), route.deployment_id]))
+        arguments = [name, route.model_dump_json(), route.deployment_id, CHANGED]
+        return bool(await self._move(keys=[_ROUTES], args=arguments))
 
     async def remove(self, name: str) -> None:
         """Also when there was none. The fence stays, so that a late worker cannot bring the route back."""
         await self._redis.hdel(_ROUTES, name)
+        await self._redis.publish(CHANGED, name)

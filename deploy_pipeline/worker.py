@@ -23,11 +23,13 @@ from deploy_pipeline.builders.base import BuildLog, Release, Runtime
 from deploy_pipeline.builders.docker import DockerRuntime
 from deploy_pipeline.builders.local import LocalRuntime
 from deploy_pipeline.errors import CancelRequested, DeployFailed, EngineUnavailable, LostClaim
-from deploy_pipeline.jobs import App, DeploymentState, Stage
+from deploy_pipeline.jobs import App, Deployment, DeploymentState, Stage
 from deploy_pipeline.logs import Log, LogStore, LogWriter, deployment_log
+from deploy_pipeline.orders import Orders
 from deploy_pipeline.queue import EXHAUSTED, LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
 from deploy_pipeline.releases import DRAIN_S, HEALTHY_WITHIN_S, Releases
 from deploy_pipeline.routing import Routes, Target
+from deploy_pipeline.supervisor import Supervisor
 from deploy_pipeline.tasks import end_task, is_cancelled
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ _BLOCK_S: Final = 2.0  # redis-py's default socket timeout is 5 s
 _RETRY_S: Final = 1.0
 _CLEAN_UP_S: Final = 15.0  # what a build may need to end its processes
 _SUPERVISE_S: Final = 1.0
+_OBEY_S: Final = 0.2
 _RECONCILE_S: Final = 30.0
 # A folder this young may belong to a deployment that another worker is about to record.
 _YOUNG_S: Final = 60.0
@@ -78,11 +81,12 @@ class Worker:
         self._config = config
         self._queue = DeploymentQueue(redis, lease_s=config.lease_s)
         self._runtime = make_runtime(config)
-        self._logs = LogStore(redis)
+        self._logs, self._routes, self._orders = LogStore(redis), Routes(redis), Orders(redis)
         config.apps_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.releases = Releases(
             self._runtime,
-            Routes(redis),
+            self._routes,
+            self._orders,
             self._logs,
             ArchiveStore(config.archives_dir),
             config.apps_dir,
@@ -90,6 +94,7 @@ class Worker:
             drain_s=config.drain_s,
         )
         self._name = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.supervisor = Supervisor(self.releases, self._routes, self._orders)
         self._retiring: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -97,7 +102,8 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 for number in range(self._config.parallel):
-                    group.create_task(self._take_jobs(f"{self._name}-{number}"))
+                    group.create_task(self._take_jobs(Stage.BUILD, f"{self._name}-{number}"))
+                group.create_task(self._take_jobs(Stage.START, self._name))
                 group.create_task(self._every(SWEEP_INTERVAL_S, self._sweep, "sweep"))
                 group.create_task(self._look_after_this_machine())
         finally:
@@ -106,10 +112,10 @@ class Worker:
             await asyncio.gather(*self._retiring, return_exceptions=True)
             await self._runtime.close()
 
-    async def _take_jobs(self, consumer: str) -> None:
+    async def _take_jobs(self, stage: Stage, consumer: str) -> None:
         while not is_cancelled():
             try:
-                claim = await self._queue.take(Stage.BUILD, consumer, block_s=_BLOCK_S)
+                claim = await self._queue.take(stage, consumer, block_s=_BLOCK_S)
                 if claim is not None:
                     await self._work_on(claim)
             except (RedisError, OSError, EngineUnavailable, DeployFailed) as error:
@@ -205,23 +211,31 @@ class Worker:
         _log.info("deploy.running", deployment=claim.deployment_id, url=url)
 
     async def _release(self, claim: Claim, app: App, tail: list[str], log: LogWriter) -> Release:
-        """Unpack, build, start and swap in; `tail` becomes the log lines that say most about where it got to."""
-        release = await self.releases.prepare(claim.deployment, app)
-        # The same state again: a job that was taken over may be further on already, and never goes back.
-        await self._queue.advance(claim, claim.deployment.state, kind=release.plan.kind.value)
-        with BuildLog(release.build_log, sink=log.write) as build_log:
-            try:
-                await self.releases.build(release, build_log)
-            finally:
-                tail[:] = build_log.tail()
-        await self._queue.advance(claim, DeploymentState.STARTING, log_tail=tail)
-        log.say("Built. It is started, and has to answer before it gets traffic.")
+        """Make it, start it and swap it in; `tail` becomes the log lines that say most about where it got to."""
+        if claim.deployment.rollback_of:
+            release = await self.releases.again(claim.deployment)
+        else:
+            release = await self._build(claim, app, tail, log)
+        await self._queue.advance(
+            claim, DeploymentState.STARTING, log_tail=tail, settings_version=release.settings_version
+        )
+        log.say("It is started, and has to answer before it gets traffic.")
         target = await self._start(release, tail)
         log.say("It is healthy: traffic moves now.")
         await self._queue.renew(claim)  # traffic moves only under a claim that is still ours
         if not await self.releases.swap(release, target, token=claim.token):
             raise LostClaim(claim.deployment_id)
         return release
+
+    async def _build(self, claim: Claim, app: App, tail: list[str], log: LogWriter) -> Release:
+        release = await self.releases.prepare(claim.deployment, app)
+        # The same state again: a job that was taken over may be further on already, and never goes back.
+        await self._queue.advance(claim, claim.deployment.state, kind=release.plan.kind.value)
+        with BuildLog(release.build_log, sink=log.write) as build_log:
+            try:
+                return await self.releases.build(release, build_log)
+            finally:
+                tail[:] = build_log.tail()
 
     async def _fail(self, claim: Claim, error: Exception, tail: list[str]) -> None:
         log = _log.bind(deployment=claim.deployment_id)
@@ -262,9 +276,13 @@ class Worker:
         with (self._config.apps_dir / ".supervisor").open("w") as file:
             while not _locked(file.fileno()):  # noqa: ASYNC110 - another process holds it: no event to wait for
                 await asyncio.sleep(_SUPERVISE_S)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._every(_SUPERVISE_S, self.releases.keep_running, "supervise"))
-                group.create_task(self._every(_RECONCILE_S, self._reconcile, "reconcile"))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._every(_SUPERVISE_S, self.supervisor.round, "supervise"))
+                    group.create_task(self._every(_OBEY_S, self.supervisor.obey, "obey"))
+                    group.create_task(self._every(_RECONCILE_S, self._reconcile, "reconcile"))
+            finally:
+                await self.supervisor.close()
 
     async def _reconcile(self) -> None:
         """End what runs or lies here although its deployment has ended: what a crash left in between."""
@@ -276,9 +294,14 @@ class Worker:
             if deployment is None:
                 if _is_young(self._config.apps_dir / app_id / deployment_id):
                     continue
-            elif deployment.state not in _ENDED:
+            elif deployment.state not in _ENDED or self._drains(deployment):
                 continue
             await self.releases.retire(app_id, deployment_id)
+
+    def _drains(self, deployment: Deployment) -> bool:
+        """Whether it was replaced so lately that old connections may still be served by it."""
+        replaced_at = deployment.times.get(DeploymentState.REPLACED, 0)
+        return time.time() - replaced_at / 1000 < self._config.drain_s
 
     async def _every(self, interval_s: float, step: Callable[[], Awaitable[None]], name: str) -> None:
         while not is_cancelled():

@@ -14,16 +14,18 @@ from aiohttp import web
 
 from deploy_pipeline.archive import ArchiveStore
 from deploy_pipeline.logs import LogStore
+from deploy_pipeline.orders import Orders
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
-from orchestrator.api import deployments, logs, sessions, terminal
+from orchestrator.api import apps, deployments, logs, sessions, terminal
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
-from orchestrator.api.keys import DEPLOYMENTS, LIFECYCLE, LOGS, REGISTRY, SETTINGS, TERMINALS
+from orchestrator.api.keys import APPS, DEPLOYMENTS, LIFECYCLE, LOGS, REGISTRY, SETTINGS, TERMINALS
 from orchestrator.api.problems import setup_problems
 from orchestrator.api.runner import ProblemAppRunner
+from orchestrator.deployments.apps import Apps
 from orchestrator.deployments.logs import Logs
 from orchestrator.deployments.service import Deployments
 from orchestrator.runtimes.base import WorkspaceRuntime
@@ -114,9 +116,10 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app[SETTINGS], app[REGISTRY], app[LIFECYCLE], app[TERMINALS] = settings, registry, lifecycle, terminals
         app[DEPLOYMENTS], app[LOGS] = service, Logs(service, LogStore(redis))
+        app[APPS] = Apps(service, DeploymentQueue(redis), Orders(redis))
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
-        for module in (sessions, terminal, deployments, logs):
+        for module in (sessions, terminal, deployments, apps, logs):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 

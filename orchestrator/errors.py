@@ -18,6 +18,11 @@ OrchestratorError
     TerminalNotReading          terminal-not-reading
     IdempotencyKeyReused        idempotency-key-reused
     DeploymentSettled           deployment-settled
+    DeploymentInProgress        deployment-in-progress
+    AppNotDeployed              app-not-deployed
+    AppIsRemoved                app-is-removed
+    AppNotStarted               app-not-started
+    ReleaseNotKept              release-not-kept
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
     StoreUnavailable            store-unavailable
@@ -112,6 +117,26 @@ class IdempotencyKeyReused(Conflict):
 
 class DeploymentSettled(Conflict):
     code, title = "deployment-settled", "The deployment has ended already"
+
+
+class DeploymentInProgress(Conflict):
+    code, title = "deployment-in-progress", "A deployment is in progress"
+
+
+class AppNotDeployed(Conflict):
+    code, title = "app-not-deployed", "The application has no release"
+
+
+class AppIsRemoved(Conflict):
+    code, title = "app-is-removed", "The application is being removed"
+
+
+class AppNotStarted(Conflict):
+    code, title = "app-not-started", "The application did not start"
+
+
+class ReleaseNotKept(Conflict):
+    code, title = "release-not-kept", "There is no such release to go back to"
 
 
 class RateLimited(OrchestratorError):

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Self
@@ -32,10 +32,18 @@ class Release(BaseModel):
     folder: Path
     plan: Plan
     healthy_at: int = 0  # UTC ms when it first answered; 0: not yet
+    settings_version: int = 0  # of the environment that it runs with
+    image: str = ""  # what was built, where that is an image
+    built_in: Path | None = None  # the folder of the release that was built, which this one runs again
+
+    @property
+    def built(self) -> Path:
+        """The folder that the build left: its own, or the one of the release that it runs again."""
+        return self.built_in or self.folder
 
     @property
     def src(self) -> Path:
-        return self.folder / "src"
+        return self.built / "src"
 
     @property
     def build_log(self) -> Path:
@@ -59,6 +67,8 @@ class RunState:
 
     running: bool
     reason: str = ""
+    restarting: bool = False  # it is not running, but the runtime itself starts it again before long
+    restarts: int = 0  # how often the runtime itself has done so
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +93,14 @@ class Runtime(ABC):
             BuildFailed: a step failed, was too slow or too greedy.
         """
 
+    async def image_of(self, release: Release) -> str:  # noqa: ARG002 - for runtimes with images
+        """What was built for it, by an id that never means another thing; empty where it is not an image."""
+        return ""
+
     @abstractmethod
-    async def start(self, release: Release) -> Target:
-        """Start a built release beside whatever else of its application runs; returns before it listens.
+    async def start(self, release: Release, env: Mapping[str, str]) -> Target:
+        """Start a built release, with the owner's `env`, beside whatever else of its application runs; returns before
+        it listens. What still runs of this very release is ended first.
 
         Raises:
             StartFailed: it could not even be started.
@@ -94,11 +109,6 @@ class Runtime(ABC):
     @abstractmethod
     async def state(self, release: Release) -> RunState:
         """Whether it runs now. One that never started does not."""
-
-    @abstractmethod
-    async def keep_running(self, release: Release) -> Target | None:
-        """Called about every second for a release that serves: restart it when it died, with a growing pause.
-        The new target when it has moved, else None."""
 
     @abstractmethod
     async def settle(self, release: Release) -> None:

@@ -11,7 +11,7 @@ import random
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -99,14 +99,14 @@ class DockerRuntime(Runtime):
             command, cwd=release.folder, env=env, log=log, timeout_s=self._build_timeout_s, shown="docker build"
         )
 
-    async def start(self, release: Release) -> Target:
-        return await self._call(self._start, release)
+    async def image_of(self, release: Release) -> str:
+        return await self._call(lambda: str(self._engine.images.get(self._tag_of(release)).id))
+
+    async def start(self, release: Release, env: Mapping[str, str]) -> Target:
+        return await self._call(self._start, release, env)
 
     async def state(self, release: Release) -> RunState:
         return await self._call(self._state, release)
-
-    async def keep_running(self, release: Release) -> Target | None:  # noqa: ARG002 - the engine restarts it
-        return None
 
     async def settle(self, release: Release) -> None:
         def settle() -> None:
@@ -195,8 +195,8 @@ class DockerRuntime(Runtime):
             return False
         return True
 
-    def _start(self, release: Release) -> HttpTarget:
-        tag = self._tag_of(release)
+    def _start(self, release: Release, env: Mapping[str, str]) -> HttpTarget:
+        tag = release.image or self._tag_of(release)
         port = self._port_of(tag)
         network = self._network(release.app_id)
         name = _container_name(release.deployment_id)
@@ -205,7 +205,7 @@ class DockerRuntime(Runtime):
             host_port = random.choice(_HOST_PORTS)  # noqa: S311 - no secret
             published = {} if self._gateway else {f"{port}/tcp": (_LOOPBACK, host_port)}
             container = self._engine.containers.create(
-                tag, name=name, network=network, ports=published, **self._hardening(release, port)
+                tag, name=name, network=network, ports=published, **self._hardening(release, port, env)
             )
             try:
                 container.start()
@@ -217,9 +217,9 @@ class DockerRuntime(Runtime):
             return HttpTarget(host=name, port=port) if self._gateway else HttpTarget(host=_LOOPBACK, port=host_port)
         raise StartFailed("No free port was found on this machine.")
 
-    def _hardening(self, release: Release, port: int) -> dict[str, Any]:
+    def _hardening(self, release: Release, port: int, env: Mapping[str, str]) -> dict[str, Any]:
         return {
-            "environment": {"PORT": str(port), "HOST": HOST},
+            "environment": {**env, "PORT": str(port), "HOST": HOST},
             "labels": self._labels(release.app_id) | {_DEPLOYMENT: release.deployment_id},
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
@@ -272,13 +272,14 @@ class DockerRuntime(Runtime):
 
     def _state(self, release: Release) -> RunState:
         try:
-            state = self._engine.containers.get(_container_name(release.deployment_id)).attrs["State"]
+            attributes = self._engine.containers.get(_container_name(release.deployment_id)).attrs
         except NotFound:
             return RunState(running=False, reason="its container is gone")
-        if state["Running"]:
-            return RunState(running=True)
+        state, restarts = attributes["State"], attributes.get("RestartCount", 0)
+        if state["Running"] and not state["Restarting"]:
+            return RunState(running=True, restarts=restarts)
         reason = "it ran out of memory" if state["OOMKilled"] else f"it ended with status {state['ExitCode']}"
-        return RunState(running=False, reason=reason)
+        return RunState(running=False, reason=reason, restarting=bool(state["Restarting"]), restarts=restarts)
 
     def _read_log(self, release: Release, position: str, max_bytes: int) -> LogPiece:
         """A position is the engine's time of the last line read, to the nanosecond."""

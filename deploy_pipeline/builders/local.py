@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -45,9 +45,6 @@ from deploy_pipeline.routing import HttpTarget, StaticTarget, Target
 _HOST: Final = "127.0.0.1"
 _PORTS: Final = range(20_000, 32_000)  # below Linux's ephemeral ports, so that no outgoing connection takes one
 _LOG_CAP_BYTES: Final = 8 * 1024 * 1024
-_FIRST_PAUSE_S: Final = 1.0
-_LONGEST_PAUSE_S: Final = 60.0
-_STABLE_S: Final = 60.0  # after so long the next crash counts as a first one
 
 
 class _Process(BaseModel):
@@ -56,15 +53,6 @@ class _Process(BaseModel):
     pid: int
     started: float
     port: int
-
-
-@dataclass(slots=True)
-class _Restarts:
-    """When a crashed release may be started again."""
-
-    pause_s: float = _FIRST_PAUSE_S
-    not_before: float = 0.0  # monotonic
-    last_start: float = 0.0
 
 
 class LocalRuntime(Runtime):
@@ -76,7 +64,6 @@ class LocalRuntime(Runtime):
         self._apps_dir = apps_dir
         self._build_timeout_s, self._stop_grace_s = build_timeout_s, stop_grace_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # to be polled, or they stay zombies
-        self._restarts: dict[str, _Restarts] = {}
 
     async def build(self, release: Release, log: BuildLog) -> None:
         if release.plan.kind is Kind.DOCKERFILE:
@@ -90,7 +77,7 @@ class LocalRuntime(Runtime):
             # The worker's own interpreter: what `python3` on PATH is may depend on HOME, which is another one here.
             pip = () if any(step[0] == "pip" for step in steps) else ("--without-pip",)
             await run_step(
-                (sys.executable, "-m", "venv", *pip, str(release.folder / "venv")),
+                (sys.executable, "-m", "venv", *pip, str(release.built / "venv")),
                 cwd=release.src,
                 env=env,
                 log=log,
@@ -108,14 +95,17 @@ class LocalRuntime(Runtime):
         if release.plan.kind is Kind.STATIC:
             site_root(release.src, release.plan)
 
-    async def start(self, release: Release) -> Target:
+    async def start(self, release: Release, env: Mapping[str, str]) -> Target:
         if release.plan.kind is Kind.STATIC:
             return StaticTarget(root=str(site_root(release.src, release.plan)))
-        return await asyncio.to_thread(self._start, release)
+        # What is left of one that crashed may hold files or memory, and would be counted as running.
+        await asyncio.to_thread(kill_release, release.deployment_id, grace_s=0)
+        return await asyncio.to_thread(self._start, release, env)
 
-    def _start(self, release: Release) -> HttpTarget:
+    def _start(self, release: Release, owners: Mapping[str, str]) -> HttpTarget:
         port = self._free_port()
-        env = self._environment(release) | {"PORT": str(port), "HOST": _HOST, "NODE_ENV": "production"}
+        ours = self._environment(release)
+        env = ours | {"NODE_ENV": "production"} | dict(owners) | {"PORT": str(port), "HOST": _HOST, MARK: ours[MARK]}
         command = release.plan.start_at(_HOST, port)
         program = shutil.which(command[0], path=env["PATH"])
         if program is None:
@@ -127,7 +117,6 @@ class LocalRuntime(Runtime):
         known = _Process(pid=child.pid, started=started_at(child.pid), port=port)
         write_atomically(release.folder / "process.json", known.model_dump_json())
         self._children[release.deployment_id] = child
-        self._restarts.setdefault(release.deployment_id, _Restarts()).last_start = time.monotonic()
         return HttpTarget(host=_HOST, port=port)
 
     async def state(self, release: Release) -> RunState:
@@ -143,25 +132,6 @@ class LocalRuntime(Runtime):
             return RunState(running=False, reason="it is not running")
         return RunState(running=True)
 
-    async def keep_running(self, release: Release) -> Target | None:
-        if release.plan.kind is Kind.STATIC:
-            return None
-        restarts = self._restarts.setdefault(release.deployment_id, _Restarts())
-        now = time.monotonic()
-        if (await self.state(release)).running:
-            if now - restarts.last_start > _STABLE_S:
-                restarts.pause_s = _FIRST_PAUSE_S
-            return None
-        if restarts.not_before == 0.0:
-            restarts.not_before = now + (restarts.pause_s if restarts.last_start else 0)
-            restarts.pause_s = min(restarts.pause_s * 2, _LONGEST_PAUSE_S)
-        if now < restarts.not_before:
-            return None
-        restarts.not_before = 0.0
-        # What is left of the crashed one may hold files or memory, and would be counted as running.
-        await asyncio.to_thread(kill_release, release.deployment_id, grace_s=0)
-        return await asyncio.to_thread(self._start, release)
-
     async def settle(self, release: Release) -> None:
         pass
 
@@ -173,7 +143,6 @@ class LocalRuntime(Runtime):
         child = self._children.pop(deployment_id, None)
         if child is not None:
             await asyncio.to_thread(child.wait)
-        self._restarts.pop(deployment_id, None)
         (self._apps_dir / app_id / deployment_id / "process.json").unlink(missing_ok=True)
 
     async def discard(self, app_id: str, deployment_id: str, *, kept: list[Release]) -> None:  # noqa: ARG002 - see base
@@ -199,7 +168,7 @@ class LocalRuntime(Runtime):
     def _environment(self, release: Release) -> dict[str, str]:
         inherited = inherited_environment()
         path = inherited.get("PATH", os.defpath)
-        places = [release.folder / "venv" / "bin", release.src / "node_modules" / ".bin"]
+        places = [release.built / "venv" / "bin", release.src / "node_modules" / ".bin"]
         return inherited | {
             "PATH": os.pathsep.join([*(str(place) for place in places), path]),
             "HOME": str(release.folder),

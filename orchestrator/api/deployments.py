@@ -1,11 +1,11 @@
-"""`/deploy`, `/api/v1/apps` and `/api/v1/deployments`."""
+"""`/deploy`, `/api/v1/deployments`, and those of an application."""
 
 import hashlib
 from typing import Any
 
 from aiohttp import web
 
-from deploy_pipeline.jobs import SETTLED, App, Deployment, public_status
+from deploy_pipeline.jobs import SETTLED, Deployment, public_status
 from orchestrator.access.scopes import Scope
 from orchestrator.api.auth import require_scope
 from orchestrator.api.body import ApiModel, idempotency_key, json_response, read_body, timestamp
@@ -40,27 +40,12 @@ def deployment_object(deployment: Deployment) -> dict[str, Any]:
         "archiveSha256": deployment.archive_sha256,
         "archiveBytes": deployment.archive_bytes,
         "supersededBy": deployment.superseded_by,
+        "rollbackOf": deployment.rollback_of,
+        "settingsVersion": deployment.settings_version,
     }
     if deployment.cancel_requested and deployment.state not in SETTLED:
         body["cancelRequested"] = True
     return body | {name: value for name, value in optional.items() if value}
-
-
-def app_object(app: App, newest: Deployment | None) -> dict[str, Any]:
-    """`status` is the newest deployment's; `url` is there as soon as a release has served, and goes on serving."""
-    body: dict[str, Any] = {
-        "id": app.id,
-        "sessionId": app.session_id,
-        "organizationId": app.organization_id,
-        "name": app.name,
-        "status": public_status(newest.state) if newest is not None else "deploying",
-        "createdAt": timestamp(app.created_at),
-        "currentDeploymentId": app.current_deployment_id or None,
-        "url": app.url or None,
-    }
-    if newest is not None:
-        body["deployment"] = deployment_object(newest)
-    return body
 
 
 async def deploy(request: web.Request) -> web.Response:
@@ -95,19 +80,6 @@ async def cancel_deployment(request: web.Request) -> web.Response:
     return json_response(deployment_object(deployment), status=200 if deployment.state in SETTLED else 202)
 
 
-async def list_apps(request: web.Request) -> web.Response:
-    caller = require_scope(request, Scope.READ)
-    apps = await request.app[DEPLOYMENTS].apps(caller.organization_id)
-    found = [await request.app[DEPLOYMENTS].get_app(caller.organization_id, app.id) for app in apps]
-    return json_response({"apps": [app_object(app, newest) for app, newest in found]})
-
-
-async def show_app(request: web.Request) -> web.Response:
-    caller = require_scope(request, Scope.READ)
-    app, newest = await request.app[DEPLOYMENTS].get_app(caller.organization_id, request.match_info["id"])
-    return json_response(app_object(app, newest))
-
-
 async def list_deployments(request: web.Request) -> web.Response:
     caller = require_scope(request, Scope.READ)
     found = await request.app[DEPLOYMENTS].deployments(caller.organization_id, request.match_info["id"])
@@ -122,8 +94,6 @@ async def show_deployment(request: web.Request) -> web.Response:
 
 def add_routes(router: web.UrlDispatcher) -> None:
     router.add_post("/api/v1/code-sessions/{id}/deploy", deploy)
-    router.add_get("/api/v1/apps", list_apps)
-    router.add_get("/api/v1/apps/{id}", show_app)
     router.add_get("/api/v1/apps/{id}/deployments", list_deployments)
     router.add_get("/api/v1/deployments/{id}", show_deployment)
     router.add_post("/api/v1/deployments/{id}/cancel", cancel_deployment)

@@ -2,6 +2,7 @@
 
 from aiohttp import web
 
+from orchestrator.deployments.apps import Apps
 from orchestrator.deployments.logs import Logs
 from orchestrator.deployments.service import Deployments
 from orchestrator.sessions.lifecycle import SessionLifecycle
@@ -13,5 +14,6 @@ SETTINGS = web.AppKey("settings", Settings)
 REGISTRY = web.AppKey("registry", SessionRegistry)
 LIFECYCLE = web.AppKey("lifecycle", SessionLifecycle)
 TERMINALS = web.AppKey("terminals", Terminals)
+APPS = web.AppKey("apps", Apps)
 LOGS = web.AppKey("logs", Logs)
 DEPLOYMENTS = web.AppKey("deployments", Deployments)

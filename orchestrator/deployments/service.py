@@ -9,11 +9,13 @@ from typing import Final
 import structlog
 from redis.exceptions import RedisError
 
+from deploy_pipeline import errors as pipeline
 from deploy_pipeline.archive import ArchiveStore
 from deploy_pipeline.errors import ArchiveRefused, CancelRequested, LostClaim
 from deploy_pipeline.jobs import SETTLED, App, Deployment, DeploymentState, Stage
 from deploy_pipeline.queue import SWEEP_INTERVAL_S, Claim, DeploymentQueue
 from orchestrator.errors import (
+    AppIsRemoved,
     AppNotFound,
     DeploymentNotFound,
     DeploymentSettled,
@@ -65,22 +67,25 @@ class Deployments:
         """Queue a deployment of the session's workspace; a repeated request gets the deployment it made before.
 
         Raises:
-            SessionNotFound, SessionEnded, IdempotencyKeyReused: as named.
+            SessionNotFound, SessionEnded, IdempotencyKeyReused, AppIsRemoved: as named.
         """
         session = await self._registry.get(organization_id, session_id)
         made = await self._queue.submitted(organization_id, session_id, request.key)
         if made is None:
             if session.ended:
                 raise SessionEnded(f"code session {session_id} has ended, its workspace is gone")
-            made = await self._queue.submit(
-                session_id=session.id,
-                workspace_id=session.workspace_id,
-                organization_id=organization_id,
-                user_id=user_id,
-                project_name=session.project_name,
-                request_key=request.key,
-                body_hash=request.body_hash,
-            )
+            try:
+                made = await self._queue.submit(
+                    session_id=session.id,
+                    workspace_id=session.workspace_id,
+                    organization_id=organization_id,
+                    user_id=user_id,
+                    project_name=session.project_name,
+                    request_key=request.key,
+                    body_hash=request.body_hash,
+                )
+            except pipeline.AppIsRemoved:
+                raise AppIsRemoved("the session's application is being removed; deploy again when it is gone") from None
         if made.body_hash != request.body_hash:
             raise IdempotencyKeyReused("the Idempotency-Key was used for a deployment with other options")
         return made.deployment
@@ -127,8 +132,13 @@ class Deployments:
         newest = await self._queue.list_deployments(organization_id, app_id)
         return app, newest[0] if newest else None
 
-    async def apps(self, organization_id: str) -> list[App]:
-        return await self._queue.list_apps(organization_id)
+    async def apps(self, organization_id: str) -> list[tuple[App, Deployment | None]]:
+        """The organization's applications, each with its newest deployment, the newest first."""
+        found = []
+        for app in await self._queue.list_apps(organization_id):
+            with suppress(AppNotFound):  # removed meanwhile
+                found.append(await self.get_app(organization_id, app.id))
+        return found
 
     async def deployments(self, organization_id: str, app_id: str) -> list[Deployment]:
         """

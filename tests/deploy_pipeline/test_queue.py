@@ -4,7 +4,8 @@ import pytest
 
 from deploy_pipeline.errors import CancelRequested, ForbiddenChange, LostClaim
 from deploy_pipeline.jobs import DeploymentState, Stage
-from deploy_pipeline.queue import MAX_ATTEMPTS, DeploymentQueue, stream_key
+from deploy_pipeline.queue import MAX_ATTEMPTS, DeploymentQueue
+from deploy_pipeline.steps import stream_key
 
 ORG = "org_1"
 
@@ -185,7 +186,7 @@ async def test_a_change_that_the_table_has_not_is_refused(queue):
     await submit(queue)
     claim = await take(queue)
     with pytest.raises(ForbiddenChange):
-        await queue.advance(claim, DeploymentState.STARTING)
+        await queue.advance(claim, DeploymentState.BUILDING)
     with pytest.raises(ForbiddenChange):
         await queue.finish(claim, DeploymentState.BUILDING)
 

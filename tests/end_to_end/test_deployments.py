@@ -90,3 +90,111 @@ async def test_what_a_running_application_writes_can_be_read_and_it_cannot_be_ca
 async def test_an_unknown_log_is_404(client, path):
     answer = await client.call("GET", path)
     assert (answer.status, answer.json["code"].rpartition("-")[2]) == (404, "found")
+
+
+async def app_of(client, app_id):
+    return (await client.call("GET", f"apps/{app_id}")).json
+
+
+async def test_an_application_is_stopped_started_restarted_and_removed(client, shared_serve):
+    session = await client.create("orders")
+    await write_server(session, "one")
+    deployed = await session.deploy()
+    app_id, url = deployed["appId"], deployed["url"]
+
+    for _ in range(2):  # what is so already is true at once
+        stopped = await client.call("POST", f"apps/{app_id}/stop")
+        assert (stopped.status, stopped.json["status"]) == (200, "stopped")
+    status, page = await fetch(url)
+    assert (status, "stopped by its owner" in page) == (503, True)
+    for verb in ("start", "start", "restart"):
+        started = await client.call("POST", f"apps/{app_id}/{verb}")
+        assert (started.status, started.json["status"]) == (200, "running"), started
+        assert await fetch(url) == (200, "one none")
+
+    removed = await client.call("DELETE", f"apps/{app_id}")
+    assert removed.status == 204
+    assert (await client.call("GET", f"apps/{app_id}")).status == 404
+    assert (await client.call("GET", f"deployments/{deployed['id']}")).status == 404
+    assert (await fetch(url))[0] == 404
+    assert not (shared_serve.data_dir / "apps" / app_id).exists()
+    again = await session.deploy()
+    assert (again["state"], again["appId"], again["url"]) == ("running", app_id, url)
+    assert await fetch(url) == (200, "one none")
+
+
+async def test_a_rollback_runs_the_release_before_with_its_own_settings_in_less_than_two_seconds(client):
+    session = await client.create("rollback")
+    await write_server(session, "one")
+    first = await session.deploy()
+    app_path = f"apps/{first['appId']}"
+    alone = await client.call("POST", f"{app_path}/rollback")
+    assert (alone.status, alone.json["code"]) == (409, "release-not-kept")
+
+    secret = await client.call("PUT", f"{app_path}/env", {"env": {"GREETING": "s3cret-value"}})
+    assert secret.json == {"appId": first["appId"], "settingsVersion": 1, "envNames": ["GREETING"]}
+    assert await fetch(first["url"]) == (200, "one none"), "only the next release picks it up"
+    await write_server(session, "two")
+    second = await session.deploy()
+    assert await fetch(first["url"]) == (200, "two s3cret-value")
+
+    took = []
+    for expected in ("one none", "two s3cret-value", "one none"):
+        began = asyncio.get_running_loop().time()
+        answer = await client.call("POST", f"{app_path}/rollback")
+        assert (answer.status, answer.json["state"]) == (200, "running"), answer
+        assert await fetch(first["url"]) == (200, expected)
+        took.append(asyncio.get_running_loop().time() - began)
+    assert min(took) < 2, took
+    shown = await app_of(client, first["appId"])
+    assert len(shown["keptDeploymentIds"]) == 3
+    named = await client.call("POST", f"{app_path}/rollback", {"deploymentId": shown["keptDeploymentIds"][1]})
+    assert named.json["rollbackOf"] == shown["keptDeploymentIds"][1]
+    assert await fetch(first["url"]) == (200, "two s3cret-value")
+    for path in (app_path, f"{app_path}/deployments", f"deployments/{second['id']}", "apps"):
+        assert b"s3cret" not in (await client.call("GET", path)).raw
+
+
+async def test_an_application_that_crashes_again_and_again_says_so(client):
+    session = await client.create("crashes")
+    await write(
+        session,
+        "main.py",
+        SERVER.replace("if __name__", "").replace(
+            "ThreadingHTTPServer((",
+            "import threading; threading.Timer(2.5, lambda: os._exit(3)).start()\nThreadingHTTPServer((",
+        ),
+    )
+    deployed = await session.deploy()
+    assert deployed["state"] == "running", deployed
+    async with asyncio.timeout(40):
+        while (shown := await app_of(client, deployed["appId"]))["status"] != "crash-looping":
+            await asyncio.sleep(0.2)
+    assert shown["statusReason"] == "it ended with status 3"
+    assert shown["restarts"] >= 2
+    assert shown["deployment"]["state"] == "running"
+    assert (await client.call("DELETE", f"apps/{deployed['appId']}")).status == 204
+
+
+async def test_an_application_is_removed_while_its_deployment_is_in_progress(client):
+    session = await client.create("removed")
+    await write(session, "Procfile", "web: x")
+    await write(session, "package.json", '{"scripts": {"build": "echo begun; sleep 1007"}}')
+    deployment_id = await begin(session)
+    await read_log(client, f"deployments/{deployment_id}/logs", "\nbegun\n")
+    app_id = (await client.call("GET", f"deployments/{deployment_id}")).json["appId"]
+    refused = await client.call("POST", f"apps/{app_id}/start")
+    assert (refused.status, refused.json["code"]) == (409, "app-not-deployed")
+    busy = await client.call("POST", f"apps/{app_id}/rollback")
+    assert (busy.status, busy.json["code"], busy.json["deploymentId"]) == (409, "deployment-in-progress", deployment_id)
+    assert (await client.call("DELETE", f"apps/{app_id}")).status == 204
+    assert (await client.call("GET", f"apps/{app_id}")).status == 404
+
+
+@pytest.mark.parametrize(
+    "variables", [{"1A": "x"}, {"A-B": "x"}, {"PORT": "1"}, {"A": 1}, {"A": "\0"}, {"A": "x" * 40_000}, {"": ""}]
+)
+async def test_an_environment_that_cannot_be_one_is_refused_without_repeating_it(client, variables):
+    answer = await client.call("PUT", "apps/app_x/env", {"env": variables})
+    assert (answer.status, answer.json["code"]) == (400, "invalid-request")
+    assert b"xxxx" not in answer.raw

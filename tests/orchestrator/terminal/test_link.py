@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from redis.exceptions import ConnectionError as StoreGone
 
-from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused, SidecarLink
+from orchestrator.terminal.live import LiveBudget, LiveLog
 from orchestrator.terminal.output_store import OutputStore
 from sidecar.protocol import (
     STREAM_CREDIT_BYTES,
@@ -19,6 +19,7 @@ from sidecar.protocol import (
     encode_records,
     encode_stream,
 )
+from tests.orchestrator.terminal.planes import session_named
 
 
 class Wire:
@@ -55,7 +56,7 @@ async def wired(store):
     async def on_appended(_session_id, records):
         appended.extend(records)
 
-    link = SidecarLink("cs_a", wire, store, on_appended=on_appended)
+    link = SidecarLink(session_named("cs_a"), wire, store, LiveLog(1, 0, LiveBudget()), on_appended=on_appended)
     appending = asyncio.create_task(link.run_appends())
     yield link, wire, appended
     link.lost()
@@ -70,7 +71,7 @@ async def test_records_are_acknowledged_when_the_store_has_them(wired, store):
     link, wire, appended = wired
     await link.receive(encode_records(outputs(1, 3)))
     assert await wire.next() == {"t": "ack", "seq": 3}
-    assert await store.last_seq("cs_a") == 3
+    assert (await store.bounds("cs_a"))[1] == 3
     assert [record.seq for record in appended] == [1, 2, 3]
 
 
@@ -100,7 +101,7 @@ async def test_a_gap_makes_the_sidecar_send_again_and_what_was_under_way_is_pass
     await link.receive(encode_records(outputs(7, 2)))  # sent before the sidecar read the resume
     await link.receive(encode_records(outputs(3, 6)))
     assert await wire.next() == {"t": "ack", "seq": 8}
-    assert await store.last_seq("cs_a") == 8
+    assert (await store.bounds("cs_a"))[1] == 8
 
 
 async def test_an_answer_reaches_who_asked_and_a_refusal_too(wired):
@@ -172,19 +173,3 @@ async def test_a_stream_past_its_credit_is_a_breach_of_the_protocol(wired):
 async def test_frames_of_no_protocol_are_refused(wired, message):
     with pytest.raises(ProtocolError):
         await wired[0].receive(message)
-
-
-async def test_a_newer_link_of_the_same_session_takes_the_place_of_the_older(store):
-    async def identity():
-        return "same"
-
-    hub = Hub(store, identity)
-    older, newer = (SidecarLink("cs_a", Wire(), store, on_appended=None) for _ in range(2))
-    await hub.attach(older)
-    await hub.attach(newer)
-    assert hub.link("cs_a") is newer
-    assert older.closed.is_set()
-    assert hub.detach(older) is False
-    assert hub.link("cs_a") is newer
-    assert hub.detach(newer) is True
-    assert hub.link("cs_a") is None

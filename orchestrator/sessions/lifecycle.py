@@ -113,7 +113,7 @@ class SessionLifecycle:
                 async with self._hub.watching(session.id) as watch:
                     if await self._hub.link_within(session.id, self._create_timeout_s, still_there) is None:
                         raise TimeoutError  # noqa: TRY301 - `asyncio.timeout`'s own may be swallowed, before 3.12
-                    await self._until_running(session.id, watch)
+                    await self._until_running(session, watch)
         except asyncio.CancelledError:
             if not started:  # this process stops; had a DELETE cancelled it, its end would be decided already
                 reason = "the control plane was stopped while the workspace was being created"
@@ -142,12 +142,14 @@ class SessionLifecycle:
         if status.state is not WorkspaceState.RUNNING:
             raise WorkspaceStartFailed(status.reason or "its sidecar ended at once")
 
-    async def _until_running(self, session_id: str, watch: Watch) -> None:
+    async def _until_running(self, session: Session, watch: Watch) -> None:
         while True:
             watch.clear()
-            session = await self._registry.find(session_id)
-            if session is None or session.ended or session.status is not SessionStatus.CREATING:
+            current = await self._registry.find(session.id)
+            if current is None or current.ended or current.status is not SessionStatus.CREATING:
                 return
+            if await self._hub.find(session.id) is None:
+                await self._still_there(session)
             await watch.wait(0.5)
 
     async def end(self, organization_id: str, session_id: str) -> None:
@@ -249,7 +251,7 @@ class SessionLifecycle:
             self._tasks.start(self.finish(session_id), name=f"finish {session_id}")
 
     def on_link_lost(self, session_id: str) -> None:
-        if session_id not in self._finishing:
+        if session_id not in self._finishing and session_id not in self._provisioning:  # they look themselves
             self._tasks.start(self._check_after_loss(session_id), name=f"check {session_id}")
 
     async def _check_after_loss(self, session_id: str) -> None:

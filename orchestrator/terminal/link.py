@@ -210,6 +210,7 @@ class SidecarLink:
             await self._transport.send_binary(encode_input(Input(request_id, key, data)))
             return integer(await future, "bytes")
         except ConnectionError as error:
+            self.lost()
             raise LinkLost from error
         finally:
             self._forget(request_id)
@@ -267,13 +268,18 @@ class SidecarLink:
         try:
             await self._transport.send_text(encode_json(message))
         except ConnectionError as error:
+            self.lost()
             raise LinkLost from error
 
     async def close(self, reason: str) -> None:
         await self._transport.close(reason)
 
     def lost(self) -> None:
-        """The connection is gone: whoever waits for an answer is told."""
+        """The connection is gone: whoever waits for an answer is told.
+
+        At once when a message cannot be sent, and not only when its reader notices: a caller that is told `LinkLost`
+        tries the session's link again, and would get this one without ever letting the reader run.
+        """
         self.closed.set()
         self._queue_changed.set()
         for future in self._requests.values():

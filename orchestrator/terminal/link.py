@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 import structlog
@@ -154,12 +155,14 @@ class SidecarLink:
         if appended.complete:
             self.live.add(batch, appended.first_seq)
             if not self.closed.is_set():
-                await self._send({"t": "ack", "seq": batch[-1].seq})
+                with suppress(LinkLost):  # what else came over it is appended all the same
+                    await self._send({"t": "ack", "seq": batch[-1].seq})
             await self._on_appended(self.session_id, batch)
         elif self.closed.is_set():
             self._queue.clear()
         else:
-            await self.resume_from(appended.last_seq)
+            with suppress(LinkLost):
+                await self.resume_from(appended.last_seq)
 
     def _given_up(self) -> bool:
         return self.closed.is_set() and (self._superseded or time.monotonic() - self._closed_at_s > _LAST_APPENDS_S)
@@ -233,6 +236,7 @@ class SidecarLink:
             await self._transport.send_binary(encode_input(Input(request_id, key, data)))
             return integer(await future, "bytes")
         except ConnectionError as error:
+            self.lost()
             raise LinkLost from error
         finally:
             self._forget(request_id)
@@ -290,6 +294,7 @@ class SidecarLink:
         try:
             await self._transport.send_text(encode_json(message))
         except ConnectionError as error:
+            self.lost()
             raise LinkLost from error
 
     async def until_closed(self) -> None:
@@ -301,6 +306,9 @@ class SidecarLink:
 
     def lost(self, *, superseded: bool = False) -> None:
         """The connection is gone: whoever waits for an answer is told.
+
+        At once when a message cannot be sent, and not only when its reader notices: a caller that is told `LinkLost`
+        tries the session's link again, and would get this one without ever letting the reader run.
 
         `superseded`: a newer one brings what this one had not appended yet.
         """

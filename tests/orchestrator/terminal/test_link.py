@@ -35,6 +35,8 @@ class Wire:
         await self.sent.put(decode_json(message))
 
     async def send_binary(self, message):
+        if self.broken:
+            raise ConnectionResetError
         await self.sent.put(message)
 
     async def close(self, reason):
@@ -128,6 +130,19 @@ async def test_whoever_waits_when_the_link_is_lost_is_told(wired):
         await writing
     with pytest.raises(LinkLost):
         await link.request("start")
+
+
+@pytest.mark.parametrize("use", [lambda link: link.write_input("", b"x"), lambda link: link.request("start")])
+async def test_a_link_that_cannot_send_is_lost_for_everybody_at_once(wired, use):
+    link, wire, _ = wired
+    waiting = asyncio.create_task(link.write_input("", b"sent before"))
+    await wire.next()
+    wire.broken = True
+    with pytest.raises(LinkLost):
+        await use(link)
+    assert link.closed.is_set(), "the next try would get it again"
+    with pytest.raises(LinkLost):
+        await waiting
 
 
 async def test_who_stops_waiting_cancels_the_request(wired):

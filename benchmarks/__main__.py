@@ -1,6 +1,7 @@
 """Runs benchmarks and prints one table. `script/bench --help` says how."""
 
 import argparse
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +17,9 @@ BENCHES = {
 
 def main():
     options = _options()
+    # So that everything that was made is removed: by default the process would just be gone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     rows = []
     for name in options.names or BENCHES:
         began = time.monotonic()
@@ -34,6 +38,9 @@ def _options():
     parser = argparse.ArgumentParser(prog="script/bench")
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHES)}; all when none is named")
     parser.add_argument("--runs", type=int, default=5, help="of ours and of the peer, in turn (default 5)")
+    parser.add_argument(
+        "--profile", action="store_true", help="of flood and lines: also where serve and sidecar spend time"
+    )
     options = parser.parse_args()
     if unknown := set(options.names) - set(BENCHES):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")

@@ -6,12 +6,16 @@ import sys
 import time
 import traceback
 
-from benchmarks import flood
+from benchmarks import flood, keystrokes, many, memory
 from benchmarks.rows import Row, table
 
 BENCHES = {
     "flood": flood.cat_of_a_large_file,
     "lines": flood.many_short_lines,
+    "keys": keystrokes.by_polls,
+    "socket-keys": keystrokes.by_socket,
+    "many": many.delivery_delay,
+    "memory": memory.idle_memory,
 }
 
 

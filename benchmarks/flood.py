@@ -8,8 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import psutil
-
 from benchmarks.expected import lines_of_words, through_a_terminal
 from benchmarks.processes import result_of, server
 from benchmarks.product import CpuSeconds, product
@@ -78,7 +76,7 @@ def _ours(argv, expected, *, profile=False):
         session = running.create()
         parameters = {"port": running.port, "key": running.key, "session": session}
         parameters |= {"after": running.run(session, "stty -echo; PS1="), "command": shlex.join(argv)}
-        serve, [sidecar] = psutil.Process(running.serve.process.pid), running.sidecars()
+        serve, [sidecar] = running.serve_process(), running.sidecars()
         shell = sidecar.children()  # and what it starts: ended children count for their parent
         cpu = CpuSeconds(serve=[serve], store=[running.serve.store()], sidecar=[sidecar], shell=shell)
         found = stack.enter_context(sampled(serve=serve.pid, sidecar=sidecar.pid)) if profile else {}

@@ -43,8 +43,16 @@ class Product:
             after = answer["lastSeq"]
         return after
 
+    def last_seq(self, session):
+        """The newest seq there is."""
+        far = 2**40  # beyond it there is nothing, and then the answer tells the newest
+        return self.connection.call("GET", f"code-sessions/{session}/output?afterSeq={far}")["lastSeq"]
+
     def delete(self, session):
         self.connection.call("DELETE", f"code-sessions/{session}")
+
+    def serve_process(self):
+        return psutil.Process(self.serve.process.pid)
 
     def sidecars(self):
         """The local runtime's."""

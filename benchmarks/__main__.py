@@ -1,0 +1,55 @@
+"""Runs benchmarks and prints one table. `script/bench --help` says how."""
+
+import argparse
+import signal
+import sys
+import time
+import traceback
+
+from benchmarks import flood, keystrokes, many, memory
+from benchmarks.rows import Row, table
+
+BENCHES = {
+    "flood": flood.cat_of_a_large_file,
+    "lines": flood.many_short_lines,
+    "keys": keystrokes.by_polls,
+    "socket-keys": keystrokes.by_socket,
+    "many": many.delivery_delay,
+    "memory": memory.idle_memory,
+}
+
+
+def main():
+    options = _options()
+    # So that everything that was made is removed: by default the process would just be gone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    rows = []
+    for name in options.names or BENCHES:
+        began = time.monotonic()
+        try:
+            rows += BENCHES[name](options)
+        except Exception as error:  # noqa: BLE001 - the other benchmarks are run all the same
+            traceback.print_exc()
+            rows.append(Row(name, failed=True, notes=[f"{name}: {type(error).__name__}: {error}"]))
+        print(f"== {name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    text = "\n".join([table(rows), "", *(f"- {note}" for row in rows for note in row.notes)])
+    print(text)
+    return any(row.failed for row in rows)
+
+
+def _options():
+    parser = argparse.ArgumentParser(prog="script/bench")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHES)}; all when none is named")
+    parser.add_argument("--runs", type=int, default=5, help="of ours and of the peer, in turn (default 5)")
+    parser.add_argument(
+        "--profile", action="store_true", help="of flood and lines: also where serve and sidecar spend time"
+    )
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(BENCHES):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -98,8 +98,10 @@ class Bus:
 
     async def _serve(self, pubsub: Any) -> None:
         # A channel that is always there, so that there is a connection to wait on.
-        await pubsub.subscribe(_ALWAYS, *self._listeners)
-        self._pubsub = pubsub
+        await pubsub.subscribe(_ALWAYS)
+        self._pubsub = pubsub  # from here on `listen` subscribes
+        if self._listeners:
+            await pubsub.subscribe(*self._listeners)
         heard_s = asked_s = time.monotonic()
         while True:
             message = await pubsub.get_message(timeout=ANSWER_S)

@@ -32,7 +32,7 @@ from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.sessions.terminals import Terminals
 from orchestrator.settings import RuntimeKind, Settings, SettingsError
 from orchestrator.store.bus import Bus
-from orchestrator.store.connection import StoreClient, connect
+from orchestrator.store.connection import StoreClient, connect, store_identity
 from orchestrator.store.embedded import EmbeddedValkey
 from orchestrator.store.folders import private_folder
 from orchestrator.tasks import TaskOwner
@@ -107,7 +107,7 @@ def _services(settings: Settings, redis: StoreClient, runtime: WorkspaceRuntime,
     )
     registry = SessionRegistry(redis)
     bus = Bus(redis)
-    hub = Hub(output, bus, LinkDirectory(redis, replica_id), tasks, lambda: _store_identity(redis))
+    hub = Hub(output, bus, LinkDirectory(redis, replica_id), tasks, lambda: store_identity(redis))
     lifecycle = SessionLifecycle(registry, runtime, hub, output, tasks, create_timeout_s=settings.create_timeout_s)
     terminals = Terminals(registry, hub, output)
     archives = ArchiveStore(settings.data_dir.absolute() / "archives")
@@ -156,10 +156,6 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         tasks.keep(services.deployments.archive_forever, name="archive")
         tasks.keep(services.deployments.sweep_forever, name="sweep deployments")
         yield ControlPlane(first_key)
-
-
-async def _store_identity(redis: StoreClient) -> str:
-    return str((await redis.info("server"))["run_id"])
 
 
 def listen(host: str, port: int) -> socket.socket:

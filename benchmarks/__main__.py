@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 
-from benchmarks import flood, keystrokes, many, memory
+from benchmarks import creation, flood, keystrokes, many, memory
 from benchmarks.rows import Row, table
 
 BENCHES = {
@@ -16,6 +16,7 @@ BENCHES = {
     "socket-keys": keystrokes.by_socket,
     "many": many.delivery_delay,
     "memory": memory.idle_memory,
+    "create": creation.to_the_first_prompt,
 }
 
 

@@ -1,10 +1,8 @@
 """Much output at once: from the terminal, appended durably, to a client that polls."""
 
-import contextlib
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -72,20 +70,17 @@ def _costs(bench, results):
 
 def _ours(argv, expected, *, profile=False):
     """Control plane and store are new each time, so that no run has to carry what an earlier one left."""
-    with product() as running, contextlib.ExitStack() as stack:
+    with product() as running:
         session = running.create()
         parameters = {"port": running.port, "key": running.key, "session": session}
         parameters |= {"after": running.run(session, "stty -echo; PS1="), "command": shlex.join(argv)}
         serve, [sidecar] = running.serve_process(), running.sidecars()
         shell = sidecar.children()  # and what it starts: ended children count for their parent
         cpu = CpuSeconds(serve=[serve], store=[running.serve.store()], sidecar=[sidecar], shell=shell)
-        found = stack.enter_context(sampled(serve=serve.pid, sidecar=sidecar.pid)) if profile else {}
-        result = result_of("polling_client", **parameters, expected=expected.as_parameters())
+        with sampled(parameters["command"], wanted=profile, serve=serve.pid, sidecar=sidecar.pid):
+            result = result_of("polling_client", **parameters, expected=expected.as_parameters())
         result |= cpu.used() | {"client": result["cpu_s"]}
-        stack.close()
         running.delete(session)
-    for name, text in found.items():
-        print(f"== {shlex.join(argv)}: {name}\n{text}\n", file=sys.stderr)
     return result
 
 

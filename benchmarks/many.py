@@ -4,6 +4,7 @@ import statistics
 
 from benchmarks.processes import result_of
 from benchmarks.product import CpuSeconds, product
+from benchmarks.profiling import sampled
 from benchmarks.rows import Row, number, percentile
 
 _SESSIONS = 100
@@ -19,7 +20,7 @@ _PRINTER = (
 )
 
 
-def delivery_delay(_options):
+def delivery_delay(options):
     command = _PRINTER.replace("{width}", str(_LINE_BYTES - 20)).replace("{pause}", f"{1 / _LINES_PER_S}")
     with product() as running:
         sessions = [running.create() for _ in range(_SESSIONS)]
@@ -29,14 +30,9 @@ def delivery_delay(_options):
         shells = [child for sidecar in sidecars for child in sidecar.children()]
         cpu = CpuSeconds(serve=[serve], store=[running.serve.store()], sidecars=sidecars, shells=shells)
         after = {session: running.last_seq(session) for session in sessions}
-        result = result_of(
-            "delay_client",
-            port=running.port,
-            key=running.key,
-            after=after,
-            warm_up_s=_WARM_UP_S,
-            measured_s=_MEASURED_S,
-        )
+        parameters = {"port": running.port, "key": running.key, "after": after}
+        with sampled(f"{_SESSIONS} sessions", wanted=options.profile, serve=serve.pid, sidecar=sidecars[0].pid):
+            result = result_of("delay_client", **parameters, warm_up_s=_WARM_UP_S, measured_s=_MEASURED_S)
         used = cpu.used() | {"client": result["cpu_s"]}
     delays_ms = result["delays_ms"]
     bench = f"{_SESSIONS} sessions, {_LINES_PER_S * _LINE_BYTES / 1000:.0f} KB/s each: delay"

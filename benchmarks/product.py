@@ -51,6 +51,15 @@ class Product:
     def delete(self, session):
         self.connection.call("DELETE", f"code-sessions/{session}")
 
+    def end(self, session):
+        """Delete it and wait until nothing of it runs."""
+        self.delete(session)
+        deadline = time.monotonic() + _READY_S
+        while self.connection.call("GET", f"code-sessions/{session}")["status"] != "completed":
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{session} does not end")
+            time.sleep(0.05)
+
     def serve_process(self):
         return psutil.Process(self.serve.process.pid)
 

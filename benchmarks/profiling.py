@@ -10,21 +10,23 @@ from pathlib import Path
 
 _SAMPLES_PER_S = 250
 _SHOWN = 20
-_OUTERMOST = 0.9  # who is there in more of the samples only calls the others
+_LOOP = ("Runner.run ", "BaseEventLoop._run_once ", "Handle._run ")  # they and what is outside of them call all others
 _LONGEST_SAMPLING_S = 120
 
 
 @contextlib.contextmanager
-def sampled(**pids):
-    """Samples the named processes inside; a dict that has each name's top functions as text afterwards."""
-    found = {}
+def sampled(title, *, wanted, **pids):
+    """Samples the named processes inside, when it is wanted, and shows each one's top functions afterwards."""
+    if not wanted:
+        yield
+        return
     with tempfile.TemporaryDirectory(prefix="cs-bench-profile-") as folder:
         with contextlib.ExitStack() as stack:
             for name, pid in pids.items():
                 stack.enter_context(_sampler(pid, Path(folder) / name))
-            yield found
+            yield
         for name in pids:
-            found[name] = _top((Path(folder) / name).read_text())
+            print(f"== {title}: {name}\n{_top((Path(folder) / name).read_text())}\n", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -50,7 +52,8 @@ def _top(raw):
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
         own[frames[-1]] += int(count)
-        within.update(dict.fromkeys(frames, int(count)))
+        inside = max((at + 1 for at, frame in enumerate(frames) if frame.startswith(_LOOP)), default=0)
+        within.update(dict.fromkeys(frames[inside:] or frames[-1:], int(count)))
         total += int(count)
     lines = [f"{total} samples at {_SAMPLES_PER_S} a second, idle ones not counted", "  own     all  function"]
     lines += [
@@ -58,6 +61,5 @@ def _top(raw):
         for frame, count in own.most_common(_SHOWN)
     ]
     lines += ["", "with all that they called:"]
-    called = [(frame, count) for frame, count in within.most_common() if count < _OUTERMOST * total]
-    lines += [f"        {100 * count / total:5.1f} %  {frame}" for frame, count in called[:_SHOWN]]
+    lines += [f"        {100 * count / total:5.1f} %  {frame}" for frame, count in within.most_common(_SHOWN)]
     return "\n".join(lines)

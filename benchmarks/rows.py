@@ -12,7 +12,7 @@ HEADINGS = ["bench", "ours", "peer", "compared", "at least", "aim", "verdict"]
 class Row:
     """`compared` is a ratio to the peer or, without one, our own value; `unit` stands behind it ("x", " ms").
 
-    `enough` and `aim` are in the same unit. None as `compared`: not available here, and `notes` says why.
+    `enough` and `aim` are in the same unit. Empty `ours`: not available here, and `notes` says why.
     """
 
     bench: str
@@ -30,9 +30,9 @@ class Row:
     def verdict(self) -> str:
         if self.failed:
             return "failed"
-        if self.compared is None:
+        if not self.ours:
             return "not available"
-        if self.enough is None or self.aim is None:
+        if self.compared is None or self.enough is None or self.aim is None:
             return ""
         if self._meets(self.aim):
             return "aim"

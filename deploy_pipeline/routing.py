@@ -7,10 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-_ROUTES: Final = "deploy:routes"  # field: the application's name; value: a Route as JSON
-_FENCES: Final = "deploy:route-fences"  # field: the name; value: the token of the claim that set it last
+# One hash tag: both are changed together, which a cluster allows only within a slot.
+_ROUTES: Final = "deploy:{routes}"  # field: the application's name; value: a Route as JSON
+_FENCES: Final = "deploy:{routes}:fences"  # field: the name; value: the token of the claim that set it last
 
-CHANGED: Final = "deploy:routes-changed"  # a channel: the names whose routes have just changed
+CHANGED: Final = "deploy:{routes}:changed"  # a channel: the names whose routes have just changed
 
 # A worker that lost its claim must not move traffic: tokens only grow.
 _SET: Final = """

@@ -18,7 +18,8 @@ from deploy_pipeline.orders import Orders
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
-from orchestrator.api import apps, deployments, logs, sessions, terminal
+from orchestrator.api import apps, logs, sessions, terminal
+from orchestrator.api import deployments as deployments_api
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
@@ -34,10 +35,12 @@ from orchestrator.sessions.lifecycle import SessionLifecycle
 from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.sessions.terminals import Terminals
 from orchestrator.settings import RuntimeKind, Settings, SettingsError
-from orchestrator.store.connection import StoreClient, connect
+from orchestrator.store.bus import Bus
+from orchestrator.store.connection import StoreClient, connect, store_identity
 from orchestrator.store.embedded import EmbeddedValkey
 from orchestrator.store.folders import private_folder
 from orchestrator.tasks import TaskOwner
+from orchestrator.terminal.directory import LinkDirectory
 from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link_endpoint import LinkEndpoint
 from orchestrator.terminal.output_store import OutputStore
@@ -90,6 +93,33 @@ async def installation_id(redis: StoreClient) -> str:
     return stored.decode()
 
 
+@dataclass(frozen=True, slots=True)
+class _Services:
+    output: OutputStore
+    bus: Bus
+    hub: Hub
+    registry: SessionRegistry
+    lifecycle: SessionLifecycle
+    terminals: Terminals
+    deployments: Deployments
+
+
+def _services(settings: Settings, redis: StoreClient, runtime: WorkspaceRuntime, tasks: TaskOwner) -> _Services:
+    replica_id = secrets.token_hex(8)
+    output = OutputStore(
+        redis, retention_bytes=settings.output_retention_bytes, retention_days=settings.output_retention_days
+    )
+    registry = SessionRegistry(redis)
+    bus = Bus(redis)
+    hub = Hub(output, bus, LinkDirectory(redis, replica_id), tasks, lambda: store_identity(redis))
+    lifecycle = SessionLifecycle(registry, runtime, hub, output, tasks, create_timeout_s=settings.create_timeout_s)
+    terminals = Terminals(registry, hub, output)
+    archives = ArchiveStore(settings.data_dir.absolute() / "archives")
+    consumer = f"control-plane-{replica_id}"
+    deployments = Deployments(registry, terminals, DeploymentQueue(redis), archives, consumer=consumer)
+    return _Services(output, bus, hub, registry, lifecycle, terminals, deployments)
+
+
 @asynccontextmanager
 async def control_plane(settings: Settings, redis: StoreClient, listener: socket.socket) -> AsyncIterator[ControlPlane]:
     """The REST API on `listener` and the sidecars' link; everything is ended in order on the way out."""
@@ -100,50 +130,38 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         runtime = make_runtime(settings, await installation_id(redis))
         stack.push_async_callback(runtime.close)
         tasks = TaskOwner()
-        output = OutputStore(redis, retention_bytes=settings.output_retention_bytes)
-        registry = SessionRegistry(redis)
-        hub = Hub(output, lambda: _store_identity(redis))
-        lifecycle = SessionLifecycle(registry, runtime, hub, tasks, create_timeout_s=settings.create_timeout_s)
-        terminals = Terminals(registry, hub, output)
-        service = Deployments(
-            registry,
-            terminals,
-            DeploymentQueue(redis),
-            ArchiveStore(settings.data_dir.absolute() / "archives"),
-            consumer=f"control-plane-{secrets.token_hex(4)}",
-        )
-
+        services = _services(settings, redis, runtime, tasks)
+        hub, lifecycle = services.hub, services.lifecycle
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        app[SETTINGS], app[REGISTRY], app[LIFECYCLE], app[TERMINALS] = settings, registry, lifecycle, terminals
-        app[DEPLOYMENTS], app[LOGS] = service, Logs(service, LogStore(redis))
-        app[APPS] = Apps(service, DeploymentQueue(redis), Orders(redis))
+        app[SETTINGS], app[REGISTRY], app[LIFECYCLE] = settings, services.registry, lifecycle
+        app[TERMINALS], app[DEPLOYMENTS] = services.terminals, services.deployments
+        app[APPS] = Apps(services.deployments, DeploymentQueue(redis), Orders(redis))
+        app[LOGS] = Logs(services.deployments, LogStore(redis))
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
-        for module in (sessions, terminal, deployments, apps, logs):
+        for module in (sessions, terminal, deployments_api, apps, logs):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 
         endpoint = LinkEndpoint(
             hub,
-            output,
+            services.output,
             authenticate=lifecycle.authenticate_link,
             on_linked=lifecycle.on_linked,
             on_appended=lifecycle.on_appended,
             on_lost=lifecycle.on_link_lost,
         )
+        tasks.keep(services.bus.run, name="bus")
+        await hub.relay.start()
         await stack.enter_async_context(_link_listener(settings, endpoint))
         stack.push_async_callback(tasks.close)
         stack.push_async_callback(hub.close)
         await stack.enter_async_context(_api_listener(listener, app))
         tasks.keep(lifecycle.reconcile_forever, name="reconcile")
         tasks.keep(hub.watch_store, name="watch store")
-        tasks.keep(service.archive_forever, name="archive")
-        tasks.keep(service.sweep_forever, name="sweep deployments")
+        tasks.keep(services.deployments.archive_forever, name="archive")
+        tasks.keep(services.deployments.sweep_forever, name="sweep deployments")
         yield ControlPlane(first_key)
-
-
-async def _store_identity(redis: StoreClient) -> str:
-    return str((await redis.info("server"))["run_id"])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     runtime: RuntimeKind = RuntimeKind.LOCAL
     rate_limit_per_minute: Annotated[int, Field(ge=0)] = 600
     output_retention_bytes: Annotated[int, Field(ge=65536)] = 64 * 1024 * 1024
+    output_retention_days: Annotated[float, Field(ge=0)] = 30  # after a session's end; 0: for ever
     admin_key: Annotated[SecretStr, Field(min_length=32)] | None = None
 
     gateway_host: str = "127.0.0.1"

@@ -19,6 +19,7 @@ from sidecar.protocol import (
     VERSION,
     Binary,
     JsonObject,
+    OutputPolicy,
     ProtocolError,
     decode_input,
     decode_json,
@@ -121,6 +122,7 @@ class Link:
                 welcome = decode_json(await _receive_text(socket))
             if welcome["t"] != "welcome" or integer(welcome, "v") != VERSION:
                 raise ProtocolError(f"no welcome of version {VERSION}")
+            self._log.drop_oldest = welcome.get("outputPolicy") == OutputPolicy.DROP_OLDEST
             self._log.resume(integer(welcome, "resumeAfter"))
             self._batches.clear()
             self._socket, self._welcomed = socket, True
@@ -163,7 +165,7 @@ class Link:
         if socket is None or not self._welcomed:
             return
         while len(self._batches) < _EAGER_BATCHES or (
-            len(self._batches) < _MAX_BATCHES and self._log.waiting_bytes >= _LARGE_BYTES
+            len(self._batches) < _MAX_BATCHES and (self._log.waiting_bytes >= _LARGE_BYTES or not self._log.sent_all)
         ):
             batch = self._log.take_batch()
             if not batch:

@@ -16,7 +16,12 @@ from orchestrator.sessions.terminals import Output
 from orchestrator.terminal.output_store import record_facts
 from sidecar.protocol import MAX_INPUT_BYTES, Record, RecordKind
 
-_KIND_NAMES: Final = {RecordKind.START: "start", RecordKind.EXIT: "exit", RecordKind.RESIZE: "resize"}
+_KIND_NAMES: Final = {
+    RecordKind.START: "start",
+    RecordKind.EXIT: "exit",
+    RecordKind.RESIZE: "resize",
+    RecordKind.GAP: "gap",
+}
 
 
 class InputRequest(ApiModel):
@@ -75,7 +80,7 @@ def _output_object(session_id: str, output: Output, *, base64_data: bool) -> dic
 
 
 def _chunk_object(record: Record, *, base64_data: bool) -> dict[str, Any]:
-    chunk: dict[str, Any] = {"seq": record.seq}
+    chunk: dict[str, Any] = {"seq": record.seq, "offset": record.offset}
     is_output = record.kind is RecordKind.OUTPUT
     if base64_data:
         chunk["data"] = base64.b64encode(record.data).decode() if is_output else ""

@@ -187,8 +187,9 @@ class DeploymentQueue(Steps):
         entry_id, deployment_id = entry
         claim = await self._claim(stage, consumer, deployment_id)
         # Only now: a reader that dies before this leaves the entry pending, and another one gets it.
-        await self._redis.xack(stream_key(stage), GROUP, entry_id)
+        # Deleted first: an entry that was acknowledged but is still there would tell the sweep that all is well.
         await self._redis.xdel(stream_key(stage), entry_id)
+        await self._redis.xack(stream_key(stage), GROUP, entry_id)
         if claim is None or stage is not Stage.ARCHIVE:
             return claim
         if claim.deployment.cancel_requested:
@@ -286,6 +287,16 @@ class DeploymentQueue(Steps):
             await self._announce(app_id, deployment_id, Stage(stage))
             announced += 1
         return announced
+
+    async def archives_in_progress(self) -> set[str]:
+        """The SHA-256 of every archive that a deployment in progress needs."""
+        found = set()
+        for raw in await self._redis.smembers(BUSY_APPS):
+            app = await self.find_app(text_of(raw))
+            deployment = await self.find(app.active_deployment_id) if app is not None else None
+            if deployment is not None:
+                found.add(deployment.archive_sha256)
+        return found
 
     # Below the surface
 

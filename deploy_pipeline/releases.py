@@ -176,6 +176,11 @@ class Releases:
         folders = {(path.parent.name, path.name) for path in self._apps_dir.glob("app_*/dep_*")}
         return folders | await self._runtime.running()
 
+    def archives(self) -> set[str]:
+        """The SHA-256 of every archive that a release here was made from."""
+        found = [Release.load(path) for path in self._apps_dir.glob("app_*/dep_*")]
+        return {release.archive_sha256 for release in found if release is not None}
+
     async def serving(self) -> set[str]:
         """The deployment ids that routes lead to."""
         return {route.deployment_id for route in (await self._routes.all()).values()}

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import os
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from deploy_pipeline.builders.base import BuildLog, Release, Runtime
 from deploy_pipeline.builders.docker import DockerRuntime
 from deploy_pipeline.builders.local import LocalRuntime
 from deploy_pipeline.errors import CancelRequested, DeployFailed, EngineUnavailable, LostClaim
-from deploy_pipeline.jobs import App, Deployment, DeploymentState, Stage
+from deploy_pipeline.housekeeping import Housekeeping
+from deploy_pipeline.jobs import App, DeploymentState, Stage
 from deploy_pipeline.logs import Log, LogStore, LogWriter, deployment_log
 from deploy_pipeline.orders import Orders
 from deploy_pipeline.queue import EXHAUSTED, LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
@@ -35,17 +35,12 @@ from deploy_pipeline.tasks import end_task, is_cancelled
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-_ENDED: Final = frozenset(
-    {DeploymentState.REPLACED, DeploymentState.FAILED, DeploymentState.CANCELLED, DeploymentState.SUPERSEDED}
-)
 _BLOCK_S: Final = 2.0  # redis-py's default socket timeout is 5 s
 _RETRY_S: Final = 1.0
 _CLEAN_UP_S: Final = 15.0  # what a build may need to end its processes
 _SUPERVISE_S: Final = 1.0
 _OBEY_S: Final = 0.2
 _RECONCILE_S: Final = 30.0
-# A folder this young may belong to a deployment that another worker is about to record.
-_YOUNG_S: Final = 60.0
 
 _log = structlog.get_logger(__name__)
 
@@ -95,6 +90,13 @@ class Worker:
         )
         self._name = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         self.supervisor = Supervisor(self.releases, self._routes, self._orders)
+        self.housekeeping = Housekeeping(
+            self._queue,
+            self.releases,
+            apps_dir=config.apps_dir,
+            archives_dir=config.archives_dir,
+            drain_s=config.drain_s,
+        )
         self._retiring: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -280,28 +282,9 @@ class Worker:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._every(_SUPERVISE_S, self.supervisor.round, "supervise"))
                     group.create_task(self._every(_OBEY_S, self.supervisor.obey, "obey"))
-                    group.create_task(self._every(_RECONCILE_S, self._reconcile, "reconcile"))
+                    group.create_task(self._every(_RECONCILE_S, self.housekeeping.round, "reconcile"))
             finally:
                 await self.supervisor.close()
-
-    async def _reconcile(self) -> None:
-        """End what runs or lies here although its deployment has ended: what a crash left in between."""
-        serving = await self.releases.serving()
-        for app_id, deployment_id in await self.releases.known():
-            if deployment_id in serving:
-                continue
-            deployment = await self._queue.find(deployment_id)
-            if deployment is None:
-                if _is_young(self._config.apps_dir / app_id / deployment_id):
-                    continue
-            elif deployment.state not in _ENDED or self._drains(deployment):
-                continue
-            await self.releases.retire(app_id, deployment_id)
-
-    def _drains(self, deployment: Deployment) -> bool:
-        """Whether it was replaced so lately that old connections may still be served by it."""
-        replaced_at = deployment.times.get(DeploymentState.REPLACED, 0)
-        return time.time() - replaced_at / 1000 < self._config.drain_s
 
     async def _every(self, interval_s: float, step: Callable[[], Awaitable[None]], name: str) -> None:
         while not is_cancelled():
@@ -335,10 +318,3 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_young(folder: Path) -> bool:
-    try:
-        return time.time() - folder.stat().st_mtime < _YOUNG_S
-    except FileNotFoundError:
-        return False

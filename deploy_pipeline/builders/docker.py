@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from http import HTTPStatus
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -310,8 +311,13 @@ class DockerRuntime(Runtime):
         for image in self._engine.images.list(name=_repository(app_id)):
             for tag in image.tags:
                 if tag.startswith(f"{_repository(app_id)}:") and not tag.startswith(wanted):
-                    with contextlib.suppress(NotFound):
+                    try:
                         self._engine.images.remove(tag)
+                    except NotFound:
+                        pass
+                    except APIError as error:
+                        if error.status_code != HTTPStatus.CONFLICT:  # a container still uses it: the next time
+                            raise
 
     def _remove_network(self, app_id: str) -> None:
         for network in self._engine.networks.list(names=[f"^{_network_name(app_id)}$"], greedy=True):

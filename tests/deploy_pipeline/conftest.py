@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import secrets
 import stat
 import subprocess
 import tempfile
@@ -63,8 +64,10 @@ class Pipeline:
 
     def __init__(self, queue: DeploymentQueue, config: WorkerConfig, gateway: TestClient) -> None:
         self.queue, self.config, self.gateway = queue, config, gateway
+        self.session_id = f"cs_{secrets.token_hex(8)}"  # others may run these tests on the same engine
 
-    async def submit(self, files: dict[str, str | bytes], session_id: str = "cs_1") -> Deployment:
+    async def submit(self, files: dict[str, str | bytes], session_id: str = "") -> Deployment:
+        session_id = session_id or self.session_id
         submitted = await self.queue.submit(
             session_id=session_id, workspace_id="ws_1", organization_id=ORG, user_id="u", project_name="My App"
         )
@@ -90,7 +93,7 @@ class Pipeline:
             while state not in (await self.queue.get(ORG, deployment.id)).times:
                 await asyncio.sleep(0.02)
 
-    async def deploy(self, files: dict[str, str | bytes], session_id: str = "cs_1") -> Deployment:
+    async def deploy(self, files: dict[str, str | bytes], session_id: str = "") -> Deployment:
         return await self.settled(await self.submit(files, session_id))
 
     async def fetch(self, deployment: Deployment, path: str = "/", method: str = "GET", **options) -> tuple[int, str]:

@@ -1,6 +1,9 @@
 import asyncio
+import contextlib
 
 import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as StoreConnectionError
 
 from deploy_pipeline.errors import CancelRequested, ForbiddenChange, LostClaim
 from deploy_pipeline.jobs import DeploymentState, Stage
@@ -180,6 +183,40 @@ async def test_an_entry_whose_reader_died_before_it_claimed_is_read_by_another(q
     assert await queue.sweep() == 0, "the entry still speaks of it"
     monkeypatch.setattr("deploy_pipeline.queue._PENDING_IDLE_MS", 0)
     assert await take(queue) is not None
+
+
+class Dying(Redis):
+    """A client whose process is killed after some commands."""
+
+    left = 0
+
+    async def execute_command(self, *args, **options):
+        if self.left == 0:
+            raise StoreConnectionError("killed")
+        self.left -= 1
+        return await super().execute_command(*args, **options)
+
+
+@pytest.mark.parametrize("commands", range(1, 7))
+async def test_wherever_a_consumer_is_killed_while_it_takes_a_job_another_one_gets_it(
+    redis, valkey_socket, monkeypatch, commands
+):
+    queue = DeploymentQueue(redis, lease_s=0.2)
+    deployment = await submit(queue)
+    async with Dying(unix_socket_path=str(valkey_socket)) as client:
+        client.left = 100
+        doomed = DeploymentQueue(client, lease_s=0.2)
+        await take(doomed, stage=Stage.BUILD)  # so that its scripts are known and its groups made
+        client.left = commands
+        with contextlib.suppress(StoreConnectionError):
+            await take(doomed)
+    await asyncio.sleep(0.25)
+    monkeypatch.setattr("deploy_pipeline.queue._PENDING_IDLE_MS", 0)
+    await queue.sweep()
+    async with asyncio.timeout(5):
+        while (claim := await take(queue)) is None:
+            pass
+    assert claim.deployment_id == deployment.id
 
 
 async def test_a_change_that_the_table_has_not_is_refused(queue):

@@ -1,7 +1,9 @@
 """On a real engine, with the application image built from this repository (layers are cached after the first time)."""
 
 import asyncio
+import contextlib
 import importlib.resources
+import os
 import subprocess
 
 import docker
@@ -15,7 +17,8 @@ from deploy_pipeline.worker import WorkerConfig
 pytestmark = pytest.mark.docker
 
 IMAGE = "code-sessions/app:latest"
-INSTALLATION = "pipeline-tests"
+INSTALLATION = f"pipeline-tests-{os.getpid()}"  # others may use the same engine
+GATEWAY = f"{INSTALLATION}-gateway"
 OURS = {"label": f"code-sessions.installation={INSTALLATION}"}
 
 FLASK = """
@@ -168,10 +171,10 @@ async def test_a_build_that_is_given_up_is_ended_in_the_engine(redis, queue, gat
 
 async def test_the_gateways_container_is_joined_to_the_applications_network(redis, queue, gateway, tmp_path, engine):
     stand_in = await asyncio.to_thread(
-        engine.containers.run, IMAGE, ["sleep", "600"], detach=True, init=True, name="pipeline-tests-gateway"
+        engine.containers.run, IMAGE, ["sleep", "600"], detach=True, init=True, name=GATEWAY
     )
     config = WorkerConfig(
-        "docker", tmp_path, "http://{app}.localhost/", IMAGE, "pipeline-tests-gateway", INSTALLATION, healthy_within_s=1
+        "docker", tmp_path, "http://{app}.localhost/", IMAGE, GATEWAY, INSTALLATION, healthy_within_s=10
     )
     try:
         async with running_worker(redis, config) as worker:
@@ -179,10 +182,13 @@ async def test_the_gateways_container_is_joined_to_the_applications_network(redi
             pipeline = Pipeline(queue, config, gateway)
             deployment = await pipeline.submit({"main.py": SERVER % "one"})
             await pipeline.reached(deployment, DeploymentState.STARTING)
-            await asyncio.sleep(1)
             name = "code-sessions-" + deployment.id.replace("_", "-")
-            code, output = await asyncio.to_thread(stand_in.exec_run, ["curl", "-sS", f"http://{name}:8080/"])
-            assert (code, output) == (0, b"release one")
+            answer = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(9):
+                    while answer != (0, b"release one"):
+                        answer = await asyncio.to_thread(stand_in.exec_run, ["curl", "-sS", f"http://{name}:8080/"])
+            assert answer == (0, b"release one")
             # This worker runs on the host, where the container's name means nothing: that is told, and undone.
             failed = await pipeline.settled(deployment)
             assert "did not answer" in failed.reason

@@ -1,7 +1,9 @@
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
+import time
 
 from conftest import ORG, Pipeline, children_of_release, is_gone, running_worker
 
@@ -363,9 +365,73 @@ async def test_what_a_crash_left_of_an_ended_deployment_is_cleared_away(local):
     left = local.folder(done)
     left.mkdir(parents=True)
     orphan = subprocess.Popen(["sleep", "1000"], env={MARK: done.id}, start_new_session=True)
-    await local.worker._reconcile()
+    await local.worker.housekeeping.round()
     assert await asyncio.to_thread(orphan.wait, 5) != 0
     assert not left.exists()
+
+
+async def test_archives_that_nothing_needs_are_removed_and_others_stay(local):
+    done = await local.deploy({"index.html": "kept"})
+    failed = await local.deploy({"main.py": "raise SystemExit(1)"})
+    waiting = await local.submit(HANGING)
+    archives = {path.stem: path for path in local.config.archives_dir.glob("*.zip")}
+    half = local.config.archives_dir / ".1234.part"
+    half.write_bytes(b"x")
+    await local.worker.housekeeping.round()
+    assert all(path.exists() for path in [*archives.values(), half]), "too young to be judged"
+    long_ago = time.time() - 2 * 3600
+    for path in [*archives.values(), half]:
+        os.utime(path, (long_ago, long_ago))
+    await local.worker.housekeeping.round()
+    waiting = await local.queue.get(ORG, waiting.id)
+    left = {path.stem for path in local.config.archives_dir.iterdir()}
+    assert left == {done.archive_sha256, waiting.archive_sha256}
+    assert failed.archive_sha256 not in left
+    assert await cancelled(local, waiting, within_s=10) == (DeploymentState.CANCELLED, [])
+
+
+async def test_an_application_that_never_listens_says_so_and_the_old_release_serves_on(local):
+    first = await local.deploy({"main.py": script("1")})
+    mute = await local.deploy({"main.py": "import time; print('mute', flush=True); time.sleep(1000)"})
+    assert (mute.state, "nothing listens on the port in PORT" in mute.reason) == (DeploymentState.FAILED, True)
+    assert "mute" in mute.log_tail
+    deaf = await local.deploy(
+        {
+            "main.py": "import os, socket, time; s = socket.create_server(('127.0.0.1', int(os.environ['PORT'])))\n"
+            "while True: s.accept()[0].send(b'no HTTP at all\\r\\n\\r\\n')"
+        }
+    )
+    assert (deaf.state, "gave no valid answer" in deaf.reason) == (DeploymentState.FAILED, True)
+    assert await local.fetch(first) == (200, "1")
+    assert children_of_release(mute.id) == children_of_release(deaf.id) == []
+
+
+async def test_a_rolled_back_release_keeps_its_files_when_the_one_that_built_them_is_no_longer_kept(local):
+    orders = local.worker._orders
+    first = await local.deploy({"main.py": script("1")})
+    second = await local.deploy({"main.py": script("2")})
+
+    async def back_to(target):
+        app = await local.queue.get_app(ORG, first.app_id)
+        return await local.settled(await orders.roll_back(app, target.id, user_id="u"))
+
+    again = await back_to(first)
+    assert (again.state, again.reason, again.rollback_of) == (DeploymentState.RUNNING, "", first.id)
+    third, fourth = [await local.deploy({"main.py": script(number)}) for number in "34"]
+    await asyncio.sleep(1.5)
+    await local.worker.housekeeping.round()
+    assert not local.folder(second).exists()
+    assert local.folder(first).exists(), "the rolled back release runs in it"
+    assert await local.fetch(fourth) == (200, "4")
+    once_more = await back_to(again)
+    assert (once_more.state, once_more.reason) == (DeploymentState.RUNNING, "")
+    assert await local.fetch(first) == (200, "1")
+    last = [await local.deploy({"main.py": script(number)}) for number in "567"]
+    await asyncio.sleep(1.5)
+    await local.worker.housekeeping.round()
+    left = sorted(path.name for path in local.folder(first).parent.glob("dep_*"))
+    assert left == sorted(deployment.id for deployment in last)
+    assert third.state is DeploymentState.RUNNING
 
 
 async def test_a_build_that_takes_too_long_is_ended_with_all_that_it_started(local):

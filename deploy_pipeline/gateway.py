@@ -6,13 +6,14 @@ being kept, and a folder is never left, neither through a path nor through a lin
 
 import asyncio
 import contextlib
-import html
-import mimetypes
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import unquote
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
@@ -20,6 +21,7 @@ from multidict import CIMultiDict, MultiMapping
 from redis.exceptions import RedisError
 from yarl import URL
 
+from deploy_pipeline.gateway_pages import page, serve_static
 from deploy_pipeline.routing import CHANGED, HttpTarget, Route, Routes, StaticTarget, StoppedTarget
 from deploy_pipeline.tasks import end_task, is_cancelled
 
@@ -30,7 +32,14 @@ _CACHE_S: Final = 1.0  # how long a lookup is trusted: a swapped-out release has
 _CACHE_ENTRIES: Final = 10_000
 _CHANNEL_S: Final = 2.0  # less than the client's socket timeout
 _CONNECT_S: Final = 5.0
-_FIRST_BYTE_S: Final = 120.0
+_SILENCE_S: Final = 120.0  # without a piece of the request or the beginning of the answer
+# Below what servers usually keep idle connections for (gunicorn: 2 s, uvicorn and Node: 5 s): a request that is not to
+# be repeated must not meet a connection in the moment in which it is being closed.
+_IDLE_S: Final = 1.0
+_NOT_FOR_PROXIES: Final = frozenset({"CONNECT", "TRACE"})
+# RFC 6455 7.4.1: said of a connection, never on it.
+_NOT_ON_THE_WIRE: Final = frozenset({1004, 1005, 1006, 1015})
+ASK_PATH: Final = "/.code-sessions/tls-ask"
 _PIECE_BYTES: Final = 64 * 1024
 _MESSAGE_BYTES: Final = 16 * 1024 * 1024  # one WebSocket message
 # RFC 9110 7.6.1, and what belongs to the connection by custom
@@ -53,10 +62,18 @@ _WEBSOCKET: Final = frozenset(
 )
 
 
-def build_gateway(redis: "Redis") -> web.Application:
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    app_url_template: str = ""  # with "{app}" where the application's name goes
+    # Who may say where a request came from, in X-Forwarded-*: a proxy of the operator's in front of the gateway.
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
+
+
+def build_gateway(redis: "Redis", config: GatewayConfig | None = None) -> web.Application:
     """An aiohttp application that serves every application in the route table, by the first label of `Host`."""
     app = web.Application(client_max_size=0, handler_args={"auto_decompress": False})
-    gateway = Gateway(redis)
+    gateway = Gateway(redis, config or GatewayConfig())
+    app.router.add_get(ASK_PATH, gateway.ask)
     app.router.add_route("*", "/{path:.*}", gateway.handle)
     app.cleanup_ctx.append(gateway.client)
     app.cleanup_ctx.append(gateway.news)
@@ -68,14 +85,14 @@ class Gateway:
 
     session: aiohttp.ClientSession
 
-    def __init__(self, redis: "Redis") -> None:
-        self._redis, self._routes = redis, Routes(redis)
+    def __init__(self, redis: "Redis", config: GatewayConfig) -> None:
+        self._redis, self._routes, self._config = redis, Routes(redis), config
         self._cache: dict[str, tuple[float, Route | None]] = {}
 
     async def client(self, _app: web.Application) -> AsyncIterator[None]:
         """The connections to the applications, open while the gateway runs."""
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=5),
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=5, keepalive_timeout=_IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -101,21 +118,35 @@ class Gateway:
                             self._cache.pop(str(message["data"], "utf-8"), None)
             await asyncio.sleep(_CACHE_S)
 
+    async def ask(self, request: web.Request) -> web.StreamResponse:
+        """For a TLS proxy that gets certificates on demand: 200 when `?domain=` is an application's host name."""
+        domain = request.query.get("domain", "").lower().rstrip(".")
+        host = urlsplit(self._config.app_url_template.replace("{app}", "app-name")).hostname or ""
+        name, _, parent = domain.partition(".")
+        known = bool(name) and f".{parent}" == host.removeprefix("app-name")
+        try:
+            route = await self._route(name) if known else None
+        except (RedisError, OSError):
+            return web.Response(status=503)
+        return web.Response(status=200 if route is not None else 404)
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         name = request.host.partition(":")[0].partition(".")[0].lower()
+        if request.method in _NOT_FOR_PROXIES:
+            return page(request, 405, "Not allowed", "This method is not for applications.")
         try:
             route = await self._route(name)
         except (RedisError, OSError):
-            return _page(request, 503, "Not available right now", "The gateway cannot look up where this leads.")
+            return page(request, 503, "Not available right now", "The gateway cannot look up where this leads.")
         if route is None:
-            return _page(request, 404, "No application here", "Nothing is deployed under this name.")
+            return page(request, 404, "No application here", "Nothing is deployed under this name.")
         if isinstance(route.target, StoppedTarget):
-            return _page(request, 503, "Stopped", "This application was stopped by its owner.")
+            return page(request, 503, "Stopped", "This application was stopped by its owner.")
         if isinstance(route.target, StaticTarget):
-            return await asyncio.to_thread(_static, request, Path(route.target.root))
+            return await asyncio.to_thread(serve_static, request, Path(route.target.root))
         if request.headers.get("Upgrade", "").lower() == "websocket":
             return await self._websocket(request, route.target)
-        return await self._proxy(request, route.target)
+        return await self._proxy(request, name, route.target)
 
     async def _route(self, name: str) -> Route | None:
         now = time.monotonic()
@@ -128,42 +159,98 @@ class Gateway:
         self._cache[name] = (now, route)
         return route
 
-    async def _proxy(self, request: web.Request, target: HttpTarget) -> web.StreamResponse:
-        body = request.content.iter_chunked(_PIECE_BYTES) if request.body_exists else None
-        headers = _request_headers(request)
-        if request.content_length is not None:
-            headers["Content-Length"] = str(request.content_length)
+    async def _proxy(self, request: web.Request, name: str, target: HttpTarget) -> web.StreamResponse:
         try:
-            async with asyncio.timeout(_FIRST_BYTE_S):
-                upstream = await self.session.request(
-                    request.method, _url(request, target), headers=headers, data=body, allow_redirects=False
-                )
+            try:
+                upstream = await self._send(request, target)
+            except aiohttp.ClientConnectorError:
+                # Nothing was sent yet. A release that was started again a moment ago listens elsewhere.
+                moved = await self._moved(name, target)
+                if moved is None:
+                    raise
+                upstream = await self._send(request, moved)
         except TimeoutError:
-            return _page(request, 504, "No answer", "The application did not answer in time.")
+            return page(request, 504, "No answer", "The application did not answer in time.")
         except aiohttp.ClientConnectorError:
-            return _page(request, 503, "Not running", "The application does not accept connections right now.")
+            return page(request, 503, "Not running", "The application does not accept connections right now.")
         except aiohttp.ClientError:
-            return _page(request, 502, "Bad answer", "The application closed the connection without a valid answer.")
+            return page(request, 502, "Bad answer", "The application closed the connection without a valid answer.")
         async with upstream:
             return await _pass_on(request, upstream)
 
+    async def _send(self, request: web.Request, target: HttpTarget) -> aiohttp.ClientResponse:
+        headers = self._request_headers(request)
+        if request.content_length is not None:
+            headers["Content-Length"] = str(request.content_length)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(_SILENCE_S) as silence:
+
+            async def body() -> AsyncIterator[bytes]:
+                async for piece in request.content.iter_chunked(_PIECE_BYTES):
+                    silence.reschedule(loop.time() + _SILENCE_S)
+                    yield piece
+
+            return await self.session.request(
+                request.method,
+                _url(request, target),
+                headers=headers,
+                data=body() if request.body_exists else None,
+                allow_redirects=False,
+            )
+
+    async def _moved(self, name: str, target: HttpTarget) -> HttpTarget | None:
+        self._cache.pop(name, None)
+        try:
+            route = await self._route(name)
+        except (RedisError, OSError):
+            return None
+        found = route.target if route is not None else None
+        return found if isinstance(found, HttpTarget) and found != target else None
+
     async def _websocket(self, request: web.Request, target: HttpTarget) -> web.StreamResponse:
         protocols = [part.strip() for part in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if part]
-        headers = _request_headers(request, also_without=_WEBSOCKET)
+        headers = self._request_headers(request, also_without=_WEBSOCKET)
         try:
-            upstream = await self.session.ws_connect(
-                _url(request, target), headers=headers, protocols=protocols, max_msg_size=_MESSAGE_BYTES, autoping=False
-            )
+            async with asyncio.timeout(_SILENCE_S):
+                upstream = await self.session.ws_connect(
+                    _url(request, target),
+                    headers=headers,
+                    protocols=protocols,
+                    max_msg_size=_MESSAGE_BYTES,
+                    autoping=False,
+                )
         except aiohttp.WSServerHandshakeError as error:
-            return _page(request, error.status or 502, "No WebSocket", "The application refused the WebSocket.")
+            status = error.status if error.status >= HTTPStatus.BAD_REQUEST else HTTPStatus.BAD_GATEWAY
+            return page(request, status, "No WebSocket", "The application refused the WebSocket.")
         except (aiohttp.ClientError, TimeoutError):
-            return _page(request, 502, "No WebSocket", "The application did not accept the WebSocket.")
+            return page(request, 502, "No WebSocket", "The application did not accept the WebSocket.")
         async with upstream:
             chosen = [upstream.protocol] if upstream.protocol else []
             visitor = web.WebSocketResponse(protocols=chosen, max_msg_size=_MESSAGE_BYTES, autoping=False)
             await visitor.prepare(request)
             await _join(visitor, upstream)
             return visitor
+
+    def _request_headers(self, request: web.Request, also_without: frozenset[str] = frozenset()) -> CIMultiDict[str]:
+        left_out = _HOP_BY_HOP | _FORWARDED | {"content-length", "expect"} | also_without
+        headers = _without(request.headers, left_out | _named_by_connection(request.headers))
+        peer, told = request.remote or "", request.headers
+        trusted = self._trusts(peer)
+        earlier = told.getall("X-Forwarded-For", []) if trusted else []
+        proto = told.get("X-Forwarded-Proto", "").lower() if trusted else ""
+        headers["X-Forwarded-For"] = ", ".join([*earlier, peer])
+        headers["X-Forwarded-Host"] = request.host
+        headers["X-Forwarded-Proto"] = proto if proto in {"http", "https"} else request.scheme
+        return headers
+
+    def _trusts(self, peer: str) -> bool:
+        if not self._config.trusted_proxies:
+            return False
+        try:
+            address = ip_address(peer)
+        except ValueError:
+            return False
+        return any(address in network for network in self._config.trusted_proxies)
 
 
 async def _join(visitor: web.WebSocketResponse, upstream: "aiohttp.ClientWebSocketResponse") -> None:
@@ -178,8 +265,13 @@ async def _join(visitor: web.WebSocketResponse, upstream: "aiohttp.ClientWebSock
         for direction in directions:
             direction.cancel()
         await asyncio.gather(*directions, return_exceptions=True)
-    await visitor.close(code=upstream.close_code or aiohttp.WSCloseCode.GOING_AWAY)
-    await upstream.close(code=visitor.close_code or aiohttp.WSCloseCode.GOING_AWAY)
+    await visitor.close(code=_on_the_wire(upstream.close_code))
+    await upstream.close(code=_on_the_wire(visitor.close_code))
+
+
+def _on_the_wire(code: int | None) -> int:
+    """A side that was cut off, as by the end of an old release, has no code of its own."""
+    return aiohttp.WSCloseCode.GOING_AWAY if code is None or code in _NOT_ON_THE_WIRE else code
 
 
 async def _pump(
@@ -225,15 +317,6 @@ def _url(request: web.Request, target: HttpTarget) -> URL:
     return URL(f"http://{host}:{target.port}{path}", encoded=True)
 
 
-def _request_headers(request: web.Request, also_without: frozenset[str] = frozenset()) -> CIMultiDict[str]:
-    left_out = _HOP_BY_HOP | _FORWARDED | {"content-length", "expect"} | also_without
-    headers = _without(request.headers, left_out | _named_by_connection(request.headers))
-    headers["X-Forwarded-For"] = request.remote or ""
-    headers["X-Forwarded-Host"] = request.host
-    headers["X-Forwarded-Proto"] = request.scheme
-    return headers
-
-
 def _without(headers: MultiMapping[str], names: frozenset[str]) -> CIMultiDict[str]:
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in names)
 
@@ -242,59 +325,3 @@ def _named_by_connection(headers: MultiMapping[str]) -> frozenset[str]:
     """What the `Connection` header names is for this hop only (RFC 9110 7.6.1)."""
     named = headers.getall("Connection", [])
     return frozenset(part.strip().lower() for value in named for part in value.split(","))
-
-
-def _static(request: web.Request, root: Path) -> web.StreamResponse:
-    if request.method not in {"GET", "HEAD"}:
-        response = _page(request, 405, "Not allowed", "This is a static site: it can only be read.")
-        response.headers["Allow"] = "GET, HEAD"
-        return response
-    path = unquote(request.raw_path.partition("?")[0])
-    found = _inside(root, path)
-    if found is not None and found.is_dir():
-        if not path.endswith("/"):
-            # One slash in front, whatever the path began with: "//host" would lead the visitor elsewhere.
-            place = "/" + request.rel_url.raw_path.strip("/") + "/"
-            return web.Response(status=308, headers={"Location": place})
-        found = _inside(root, path + "index.html")
-    if found is not None and found.is_file():
-        return web.FileResponse(found, headers={"Cache-Control": "no-cache", **_text_type(found)})
-    missing = _inside(root, "404.html")
-    if missing is not None and missing.is_file():
-        return web.Response(status=404, body=missing.read_bytes(), content_type="text/html", charset="utf-8")
-    return _page(request, 404, "Not found", "This site has no such page.")
-
-
-def _text_type(file: Path) -> dict[str, str]:
-    """The type of a text with its charset, as Caddy gives it in containers: without one, browsers take a page that does
-    not say its own for windows-1252. Other types are FileResponse's to find.
-    """
-    kind, encoding = mimetypes.guess_type(file.name)
-    is_text = kind is not None and encoding is None and (kind.startswith("text/") or kind == "application/javascript")
-    return {"Content-Type": f"{kind}; charset=utf-8"} if is_text else {}
-
-
-def _inside(root: Path, path: str) -> Path | None:
-    """The file or folder below `root`; None for dot files, for what is not there, and for what leads out."""
-    parts = [part for part in path.split("/") if part]
-    if any(part.startswith(".") or "\0" in part for part in parts):
-        return None
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # a name too long, a loop of links
-        real = root.joinpath(*parts).resolve(strict=True)
-        inside = real.relative_to(root.resolve())
-        if not any(part.startswith(".") for part in inside.parts):
-            return real
-    return None
-
-
-def _page(request: web.Request, status: int, title: str, text: str) -> web.Response:
-    host = html.escape(request.host)
-    body = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width"><body style="font:1rem/1.5 system-ui;margin:15vh auto;'
-        f'max-width:36rem;padding:0 1rem"><h1>{title}</h1><p>{text}</p><p><small>{status} · {host}</small></p>'
-    )
-    headers = {"Cache-Control": "no-store"}
-    if status in {502, 503, 504}:
-        headers["Retry-After"] = "2"
-    return web.Response(status=status, text=body, content_type="text/html", headers=headers)

@@ -4,13 +4,13 @@ import hashlib
 import os
 import tempfile
 from enum import StrEnum
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 from platformdirs import user_data_dir
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _SOCKET_PATH_MAX_BYTES = 103  # unix(7): sun_path is 108 bytes on Linux, 104 on macOS, with the final NUL
@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     gateway_host: str = "127.0.0.1"
     gateway_port: Annotated[int, Field(ge=0, le=65535)] = 8080
     gateway_public_url: str = ""  # with `{app}` where the application's name goes
+    gateway_trusted_proxies: str = ""  # addresses and networks by comma whose X-Forwarded-* are believed
     log_level: str = "info"
     create_timeout_s: Annotated[float, Field(gt=0, le=600)] = 60
 
@@ -75,6 +76,16 @@ class Settings(BaseSettings):
                     )
                     raise ValueError(msg)
         return self
+
+    @field_validator("gateway_trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: str) -> str:
+        _networks(value)
+        return value
+
+    @property
+    def trusted_proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        return _networks(self.gateway_trusted_proxies)
 
     @property
     def embedded_store(self) -> bool:
@@ -108,6 +119,10 @@ class Settings(BaseSettings):
     @property
     def link_socket_dir(self) -> Path:
         return self.link_dir or self.run_dir / "link"
+
+
+def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
 
 
 def _is_loopback(host: str) -> bool:

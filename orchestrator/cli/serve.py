@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 import structlog
 from aiohttp import web
 
-from deploy_pipeline.gateway import build_gateway
+from deploy_pipeline.gateway import GatewayConfig, build_gateway
 from deploy_pipeline.worker import Worker, WorkerConfig
 from orchestrator.app import control_plane, installation_id, listen, own_store, wait_for_store
 from orchestrator.settings import Settings
@@ -95,7 +95,7 @@ async def _begin_serve(stack: AsyncExitStack, settings: Settings, redis: StoreCl
     if settings.embedded_store:
         apps = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
         settings = settings.model_copy(update={"gateway_port": apps.getsockname()[1]})
-        await stack.enter_async_context(_gateway(apps, redis))
+        await stack.enter_async_context(_gateway(apps, redis, settings))
         await stack.enter_async_context(_running_worker(settings, redis))
     plane = await stack.enter_async_context(control_plane(settings, redis, api))
     print(_welcome(settings, plane.first_key), flush=True)  # noqa: T201 - what the person at the terminal is waiting for
@@ -108,7 +108,7 @@ async def _begin_worker(stack: AsyncExitStack, settings: Settings, redis: StoreC
 
 async def _begin_gateway(stack: AsyncExitStack, settings: Settings, redis: StoreClient) -> None:
     listener = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
-    await stack.enter_async_context(_gateway(listener, redis))
+    await stack.enter_async_context(_gateway(listener, redis, settings))
     log.info("gateway ready", host=settings.gateway_host, port=settings.gateway_port)
 
 
@@ -138,8 +138,9 @@ async def _ready_store(stack: AsyncExitStack, settings: Settings) -> StoreClient
 
 
 @asynccontextmanager
-async def _gateway(listener: socket.socket, redis: StoreClient) -> AsyncIterator[None]:
-    runner = web.AppRunner(build_gateway(redis), access_log=None, shutdown_timeout=2)
+async def _gateway(listener: socket.socket, redis: StoreClient, settings: Settings) -> AsyncIterator[None]:
+    config = GatewayConfig(app_url_template=settings.app_url_template, trusted_proxies=settings.trusted_proxies)
+    runner = web.AppRunner(build_gateway(redis, config), access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
         await web.SockSite(runner, listener).start()

@@ -24,7 +24,7 @@ from orchestrator.models import Session, SessionStatus, TerminalState
 from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused, SidecarLink
-from orchestrator.terminal.output_store import OutputStore, Page
+from orchestrator.terminal.output_store import PAGE_BYTES, OutputStore, Page
 from sidecar.protocol import JsonObject, integer
 
 CREATE_PATIENCE_S: Final = 60.0  # how long a call waits for a terminal that is being created
@@ -72,6 +72,11 @@ class Terminals:
             TerminalUnavailable: no link; nothing was written, or with an idempotency key it is safe to try again.
         """
         session = await self._registry.get(organization_id, session_id)
+        return await self.write_to(session, data, caller=caller, idempotency_key=idempotency_key)
+
+    async def write_to(self, session: Session, data: bytes, *, caller: str, idempotency_key: str = "") -> int:
+        """As `write`, for who has looked the session up already and types often."""
+        session_id = session.id
         # Every input has a key towards the sidecar, so that one which a lost link left unanswered can be sent again.
         unique = hashlib.sha256(f"{caller}\n{idempotency_key}".encode()).hexdigest()[:32]
         key = unique if idempotency_key else f"once-{secrets.token_hex(8)}"
@@ -94,14 +99,56 @@ class Terminals:
         session = await self._registry.get(organization_id, session_id)
         answer = await self._with_link(session, lambda link: link.request("start", **size), REQUEST_S)
         started_seq = integer(answer, "seq")
+
+        async def recorded() -> bool:
+            return await self._store.last_seq(session_id) >= started_seq
+
+        await self._until(session_id, recorded, "the shell was started")
+        return await self._store.terminal_state(session_id)
+
+    async def resize(self, organization_id: str, session_id: str, *, cols: int, rows: int) -> TerminalState:
+        """Give the terminal a size, 1 to 1000 each; returns once the log says so.
+
+        Raises:
+            SessionNotFound, SessionEnded, TerminalExited, TerminalUnavailable: as named.
+            InvalidRequest: no such size.
+        """
+        session = await self._registry.get(organization_id, session_id)
+        before = await self._store.terminal_state(session_id)
+        await self._with_link(session, lambda link: link.request("resize", cols=cols, rows=rows), REQUEST_S)
+        state = before
+
+        async def recorded() -> bool:
+            # Another size than both is somebody else's resize, which came after this one.
+            nonlocal state
+            state = await self._store.terminal_state(session_id)
+            size = (state.cols, state.rows)
+            return size == (cols, rows) or size != (before.cols, before.rows)
+
+        await self._until(session_id, recorded, "the terminal was resized")
+        return state
+
+    async def signal(self, organization_id: str, session_id: str, name: str) -> None:
+        """Send a signal, such as `SIGINT`, to the terminal's foreground process group.
+
+        Raises:
+            SessionNotFound, SessionEnded, TerminalExited, TerminalUnavailable: as named.
+            InvalidRequest: no such signal.
+        """
+        session = await self._registry.get(organization_id, session_id)
+        await self._with_link(session, lambda link: link.request("signal", signal=name), REQUEST_S)
+
+    async def _until(self, session_id: str, recorded: Callable[[], Awaitable[bool]], done: str) -> None:
+        """Return when the log has what the sidecar has done."""
         deadline = time.monotonic() + REQUEST_S
         with self._hub.waiting(session_id) as event:
-            while await self._store.last_seq(session_id) < started_seq:
-                if time.monotonic() > deadline:
-                    raise TerminalUnavailable("the shell was started, but its record did not reach the store in time")
+            while True:
                 event.clear()
+                if await recorded():
+                    return
+                if time.monotonic() > deadline:
+                    raise TerminalUnavailable(f"{done}, but its record did not reach the store in time")
                 await _wait(event, 0.2)
-        return await self._store.terminal_state(session_id)
 
     async def state(self, session: Session) -> TerminalState:
         """What the log says; `lost` where the session ended before the terminal's own end was recorded."""
@@ -110,8 +157,17 @@ class Terminals:
             return TerminalState("lost", state.cols, state.rows)
         return state
 
-    async def read(self, organization_id: str, session_id: str, *, after: int, limit: int, wait_s: float) -> Output:
-        """Output after `after`; with nothing there, what comes within `wait_s`.
+    async def read(
+        self,
+        organization_id: str,
+        session_id: str,
+        *,
+        after: int,
+        limit: int,
+        wait_s: float,
+        max_bytes: int = PAGE_BYTES,
+    ) -> Output:
+        """Output after `after`, about `max_bytes` of it; with nothing there, what comes within `wait_s`.
 
         Raises:
             SessionNotFound: not in this organization.
@@ -122,7 +178,7 @@ class Terminals:
             woken = False
             while True:
                 event.clear()
-                page = await self._store.read(session_id, after=after, limit=limit)
+                page = await self._store.read(session_id, after=after, limit=limit, max_bytes=max_bytes)
                 left_s = deadline - time.monotonic()
                 if page.records or left_s <= 0 or session.status.ended:
                     return Output(page, after)

@@ -94,7 +94,7 @@ async def read_output(request: web.Request) -> web.Response:
 def _output_object(session_id: str, output: Output, *, base64_data: bool) -> dict[str, Any]:
     body: dict[str, Any] = {
         "sessionId": session_id,
-        "chunks": [_chunk_object(record, base64_data=base64_data) for record in output.page.records],
+        "chunks": [chunk_object(record, base64_data=base64_data) for record in output.page.records],
         "lastSeq": output.last_seq,
         "firstSeq": output.page.first_seq,
         "hasMore": output.has_more,
@@ -104,7 +104,7 @@ def _output_object(session_id: str, output: Output, *, base64_data: bool) -> dic
     return body
 
 
-def _chunk_object(record: Record, *, base64_data: bool) -> dict[str, Any]:
+def chunk_object(record: Record, *, base64_data: bool) -> dict[str, Any]:
     chunk: dict[str, Any] = {"seq": record.seq}
     is_output = record.kind is RecordKind.OUTPUT
     if base64_data:

@@ -17,7 +17,7 @@ from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
 from orchestrator.access.tickets import TicketStore
-from orchestrator.api import attach, deployments, output_stream, sessions, terminal, tickets
+from orchestrator.api import attach, deployments, output_stream, recording, sessions, terminal, tickets
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
@@ -118,7 +118,7 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
         setup_live(app)
         app[tickets.TICKETS] = TicketStore(redis)
-        for module in (sessions, terminal, output_stream, tickets, attach, deployments):
+        for module in (sessions, terminal, output_stream, tickets, attach, recording, deployments):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 

@@ -480,3 +480,41 @@ async def test_a_stop_of_serve_tells_attached_clients_to_go_elsewhere_and_does_n
             assert await asyncio.gather(*closing) == [1001, 1001]
         await following
         assert events.seen
+
+
+# Recordings
+
+
+async def test_a_recording_replays_the_bytes_the_sizes_and_the_exit_and_reads_as_plain_text(client):
+    session = await client.create("Recorded")
+    await session.run("stty -echo; PS1=; bind 'set enable-bracketed-paste off'")
+    await client.call("POST", f"{session.path}/resize", {"cols": 90, "rows": 20})
+    await session.run("printf '10%%\\r20%%\\r\\033[Kdone \\033[1;31mred\\033[0m \\342\\202\\254\\n'")
+    await session.send("exit 3\n")
+    await session.until_state("exited")
+    cast = await client.call("GET", f"{session.path}/recording")
+    assert cast.headers["Content-Type"] == "application/x-asciicast"
+    assert cast.headers["Content-Disposition"] == f'attachment; filename="{session.id}.cast"'
+    header, *events = [json.loads(line) for line in cast.raw.decode().splitlines()]
+    chunks = await _all_chunks(client, session)
+    assert (header["version"], header["title"]) == (3, "Recorded")
+    assert header["term"] | {"cols": 80, "rows": 24} == header["term"]
+    assert "".join(data for _, code, data in events if code == "o") == "".join(chunk["text"] for chunk in chunks)
+    assert [event[1:] for event in events if event[1] != "o"] == [["r", "90x20"], ["x", "3"]]
+    text = await client.call("GET", f"{session.path}/recording?download=txt")
+    assert text.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert "\ndone red €\n" in text.raw.decode()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]|10%|20%", text.raw.decode().partition("end")[2])
+    assert (await client.call("GET", f"{session.path}/recording?download=gif")).status == 400
+    await session.delete()
+
+
+async def test_a_recording_of_a_live_session_is_what_there_is_now(client):
+    session = await client.create("live")
+    empty = await client.call("GET", f"{session.path}/recording")
+    assert json.loads(empty.raw.decode().splitlines()[0])["version"] == 3
+    await session.run("(while :; do echo tick; done) &")
+    async with asyncio.timeout(20):
+        text = await client.call("GET", f"{session.path}/recording?download=txt")
+    assert b"tick" in text.raw
+    await session.delete()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.conftest import on_both_runtimes
-from tests.end_to_end.harness import ADMIN_KEY
+from tests.end_to_end.harness import ADMIN_KEY, Serve
 
 V1 = "code-sessions.v1"
 
@@ -518,3 +518,25 @@ async def test_a_recording_of_a_live_session_is_what_there_is_now(client):
         text = await client.call("GET", f"{session.path}/recording?download=txt")
     assert b"tick" in text.raw
     await session.delete()
+
+
+async def test_who_comes_after_the_log_was_trimmed_is_told_what_is_missing(tmp_path):
+    serve = Serve(tmp_path / "data", CODE_SESSIONS_OUTPUT_RETENTION_BYTES="65536").start()
+    try:
+        async with serve.client() as client:
+            session = await client.create("trimmed")
+            await session.run("head -c 2000000 /dev/zero | tr '\\0' x")
+            first_seq = (await client.call("GET", f"{session.path}/output")).json["firstSeq"]
+            assert first_seq > 2
+            async with attached(client, session, "?afterSeq=1", protocols=[V1]) as terminal:
+                await terminal.until(lambda terminal: terminal.of("seq"))
+            assert terminal.of("truncated") == [{"type": "truncated", "afterSeq": 1, "firstSeq": first_seq}]
+            events = await Events(client, session).read("?afterSeq=1", until=lambda events: len(events.seen) > 1)
+            assert events.seen[0] == ("truncated", {"afterSeq": 1, "firstSeq": first_seq})
+            assert events.seen[1][1]["seq"] == first_seq
+            cast = (await client.call("GET", f"{session.path}/recording")).raw.decode()
+            assert f"# output before seq {first_seq} was trimmed" in cast.splitlines()
+            await session.delete()
+    finally:
+        serve.stop()
+        serve.remove_all()

@@ -398,6 +398,23 @@ async def test_a_key_that_may_only_read_watches_and_is_told_that_it_cannot_type(
     await session.delete()
 
 
+async def test_an_attachment_ends_soon_after_its_key_was_revoked_and_answers_pings_until_then(shared_serve, client):
+    session = await client.create("revoked")
+    await session.run("true")
+    made = await command(shared_serve, "keys", "list", "--json")
+    secret = await key_with(shared_serve, "read")
+    known = {key["id"] for key in made}
+    [new] = [key["id"] for key in await command(shared_serve, "keys", "list", "--json") if key["id"] not in known]
+    async with attached(client, session, key=secret) as terminal:
+        await terminal.until(lambda terminal: terminal.bytes)
+        process = await asyncio.create_subprocess_exec(
+            shared_serve.command[0], "keys", "revoke", new, env=shared_serve.settings, stdout=asyncio.subprocess.DEVNULL
+        )
+        assert await process.wait() == 0
+        assert await terminal.until_closed(60) == 4401
+    await session.delete()
+
+
 async def test_keystrokes_sent_without_waiting_arrive_whole_and_in_order(client):
     session = await client.create("typist")
     await session.run("stty -echo -icanon; PS1=")
@@ -454,6 +471,26 @@ async def test_a_client_that_reads_nothing_is_closed_and_nobody_else_notices(ser
         raw.close()
         text, _ = await session.run("echo $((20+3))")
         assert "23" in text
+
+
+async def test_a_client_that_falls_further_and_further_behind_is_told_where_to_resume(serve):
+    async with serve.client() as client:
+        session = await client.create("behind")
+        await session.run("stty -echo; PS1=; bind 'set enable-bracketed-paste off'")
+        async with attached(client, session, "?tailBytes=0", protocols=[V1]) as slow:
+            await session.send("while :; do head -c 1000000 /dev/zero | tr '\\0' x; done\n")
+            # Slowly until it must have been given up, and then fast enough to see the goodbye.
+            give_up = time.monotonic() + 9.5
+            while await slow.receive():
+                if time.monotonic() < give_up:
+                    await asyncio.sleep(0.2)
+        # 1006: on a busy machine even the goodbye may come too late, and then the connection is cut.
+        assert slow.socket.close_code in {1013, 1006}
+        after = slow.of("seq")[-1]["seq"]
+        await session.delete()
+        # Nothing is missing between what it has and what comes after the seq that it has.
+        async with attached(client, session, f"?afterSeq={after}", protocols=[V1]) as again:
+            await again.until(lambda again: again.of("seq") or again.of("truncated"))
 
 
 def _is_connected(raw, serve):

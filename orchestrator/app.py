@@ -16,12 +16,14 @@ from deploy_pipeline.archive import ArchiveStore
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
+from orchestrator.access.tickets import TicketStore
+from orchestrator.api import attach, output_stream, recording, sessions, terminal, tickets
 from orchestrator.api import deployments as deployments_api
-from orchestrator.api import sessions, terminal
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
 from orchestrator.api.keys import DEPLOYMENTS, LIFECYCLE, REGISTRY, SETTINGS, TERMINALS
+from orchestrator.api.live import setup_live
 from orchestrator.api.problems import setup_problems
 from orchestrator.api.runner import ProblemAppRunner
 from orchestrator.deployments.service import Deployments
@@ -133,7 +135,9 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         app[TERMINALS], app[DEPLOYMENTS] = services.terminals, services.deployments
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
-        for module in (sessions, terminal, deployments_api):
+        setup_live(app)
+        app[tickets.TICKETS] = TicketStore(redis)
+        for module in (sessions, terminal, output_stream, tickets, attach, recording, deployments_api):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 

@@ -4,6 +4,7 @@ OrchestratorError
   InvalidRequest            400 invalid-request
   Unauthenticated           401 unauthenticated
   InsufficientScope         403 insufficient-scope
+  OriginNotAllowed          403 origin-not-allowed
   NotFound                  404 not-found
     SessionNotFound             session-not-found
     AppNotFound                 app-not-found
@@ -17,6 +18,7 @@ OrchestratorError
     TerminalRunning             terminal-running
     TerminalNotReading          terminal-not-reading
     IdempotencyKeyReused        idempotency-key-reused
+  UpgradeRequired           426 upgrade-required
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
     StoreUnavailable            store-unavailable
@@ -55,6 +57,10 @@ class Unauthenticated(OrchestratorError):
 
 class InsufficientScope(OrchestratorError):
     status, code, title = 403, "insufficient-scope", "The API key lacks a scope"
+
+
+class OriginNotAllowed(OrchestratorError):
+    status, code, title = 403, "origin-not-allowed", "The page's origin is not allowed"
 
 
 class NotFound(OrchestratorError):
@@ -107,6 +113,10 @@ class TerminalNotReading(Conflict):
 
 class IdempotencyKeyReused(Conflict):
     code, title = "idempotency-key-reused", "The Idempotency-Key was used with another body"
+
+
+class UpgradeRequired(OrchestratorError):
+    status, code, title = 426, "upgrade-required", "A WebSocket is served here"
 
 
 class RateLimited(OrchestratorError):

@@ -241,8 +241,8 @@ class Link:
         if name == "start":
             return {"seq": self._terminal.start(args.get("cols"), args.get("rows"))}
         if name == "resize":
-            self._terminal.resize(integer(args, "cols"), integer(args, "rows"))
-        elif name == "signal":
+            return {"seq": self._terminal.resize(integer(args, "cols"), integer(args, "rows"))}
+        if name == "signal":
             self._terminal.signal(str(args.get("signal")))
         elif name == "archive":
             return await self._send_archive(socket, integer(request, "id"))

@@ -54,7 +54,9 @@ class Asciicast:
         """What is left, when there are no more records."""
         lines = [] if self._begun else [self._header(None)]
         if self._exit is not None:
-            lines.append(self._event(self._exit, "x", _status(self._exit)))
+            lost = record_facts(self._exit.data).get("lost")
+            # Nobody knows the status of a shell that went with its workspace.
+            lines.append(f"# lost: {_json(lost)}" if lost else self._event(self._exit, "x", _status(self._exit)))
         return "".join(f"{line}\n" for line in lines).encode()
 
     def _header(self, first: Record | None) -> str:

@@ -74,9 +74,11 @@ class Attachment:
     async def run(self, terminal: TerminalState) -> None:
         """Until one of both sides ends it. Returns with the socket closed."""
         live = self._request.app[LIVE]
-        works: list[Coroutine[Any, Any, None]] = [self._receive(), self._deliver(terminal), self._keys.run()]
+        works: list[Coroutine[Any, Any, None]] = [self._receive(), self._deliver(), self._keys.run()]
         if self._marked:
             works.append(self._control())
+            with suppress(ConnectionError):  # `_receive` will see that, too
+                await self._say_hello(terminal)  # before anything that answers what the client may have sent already
         tasks = [asyncio.create_task(work) for work in works]
         goodbye = _Goodbye(WSCloseCode.GOING_AWAY, "the server stops; attach again")
         try:
@@ -118,9 +120,7 @@ class Attachment:
 
     # What the client sees
 
-    async def _deliver(self, terminal: TerminalState) -> None:
-        if self._marked:
-            await self._say_hello(terminal)
+    async def _deliver(self) -> None:
         async for output in self._follower.pages(PING_S):
             frames = marked_frames(output, self._follower.offset) if self._marked else plain_frames(output)
             for frame, seq in frames:

@@ -115,12 +115,12 @@ class OutputStore:
                 pipe.hmget(tail, ("first", "last"))  # before the records: what it names is then there, or trimmed
                 pipe.xrange(stream, min=f"({start}-0", max="+", count=count)
                 (first, last), entries = await pipe.execute()
-            if records and entries and _seq(entries[0][0]) != records[-1].seq + 1:
-                entries = []  # trimmed between two looks: end here, and the next read tells of it
             for entry_id, fields in entries:
                 record = _record(entry_id, fields)
                 if records and size + len(record.data) > max_bytes:
                     break
+                if records and record.seq != records[-1].seq + 1:
+                    break  # trimmed between two looks, or lost for good: end here, and the next read tells of it
                 records.append(record)
                 size += len(record.data)
             else:

@@ -74,7 +74,7 @@ class Attachment:
     async def run(self, terminal: TerminalState) -> None:
         """Until one of both sides ends it. Returns with the socket closed."""
         live = self._request.app[LIVE]
-        works: list[Coroutine[Any, Any, None]] = [self._receive(), self._deliver(), self._keys.run()]
+        works: list[Coroutine[Any, Any, None]] = [self._receive(), self._deliver(terminal), self._keys.run()]
         if self._marked:
             works.append(self._control())
             with suppress(ConnectionError):  # `_receive` will see that, too
@@ -120,7 +120,7 @@ class Attachment:
 
     # What the client sees
 
-    async def _deliver(self) -> None:
+    async def _deliver(self, terminal: TerminalState) -> None:
         async for output in self._follower.pages(PING_S):
             frames = marked_frames(output, self._follower.offset) if self._marked else plain_frames(output)
             for frame, seq in frames:

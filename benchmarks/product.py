@@ -2,6 +2,8 @@
 
 import contextlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -86,8 +88,11 @@ def product(*, docker=False, **settings):
     finally:
         try:
             serve.stop()
+        except subprocess.TimeoutExpired as error:  # worth knowing, and no reason to lose what was measured
+            print(f"== serve did not stop within {error.timeout:.0f} s: killed", file=sys.stderr)
         finally:
             serve.remove_all()
+            serve.process.wait()
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -18,12 +18,14 @@ from deploy_pipeline.orders import Orders
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
-from orchestrator.api import apps, logs, sessions, terminal
+from orchestrator.access.tickets import TicketStore
+from orchestrator.api import apps, attach, logs, output_stream, recording, sessions, terminal, tickets
 from orchestrator.api import deployments as deployments_api
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
 from orchestrator.api.keys import APPS, DEPLOYMENTS, LIFECYCLE, LOGS, REGISTRY, SETTINGS, TERMINALS
+from orchestrator.api.live import setup_live
 from orchestrator.api.problems import setup_problems
 from orchestrator.api.runner import ProblemAppRunner
 from orchestrator.deployments.apps import Apps
@@ -139,7 +141,10 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         app[LOGS] = Logs(services.deployments, LogStore(redis))
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
-        for module in (sessions, terminal, deployments_api, apps, logs):
+        setup_live(app)
+        app[tickets.TICKETS] = TicketStore(redis)
+        terminals_api = (sessions, terminal, output_stream, tickets, attach, recording)
+        for module in (*terminals_api, deployments_api, apps, logs):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 

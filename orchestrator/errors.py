@@ -4,6 +4,7 @@ OrchestratorError
   InvalidRequest            400 invalid-request
   Unauthenticated           401 unauthenticated
   InsufficientScope         403 insufficient-scope
+  OriginNotAllowed          403 origin-not-allowed
   NotFound                  404 not-found
     SessionNotFound             session-not-found
     AppNotFound                 app-not-found
@@ -23,6 +24,7 @@ OrchestratorError
     AppIsRemoved                app-is-removed
     AppNotStarted               app-not-started
     ReleaseNotKept              release-not-kept
+  UpgradeRequired           426 upgrade-required
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
     StoreUnavailable            store-unavailable
@@ -61,6 +63,10 @@ class Unauthenticated(OrchestratorError):
 
 class InsufficientScope(OrchestratorError):
     status, code, title = 403, "insufficient-scope", "The API key lacks a scope"
+
+
+class OriginNotAllowed(OrchestratorError):
+    status, code, title = 403, "origin-not-allowed", "The page's origin is not allowed"
 
 
 class NotFound(OrchestratorError):
@@ -137,6 +143,10 @@ class AppNotStarted(Conflict):
 
 class ReleaseNotKept(Conflict):
     code, title = "release-not-kept", "There is no such release to go back to"
+
+
+class UpgradeRequired(OrchestratorError):
+    status, code, title = 426, "upgrade-required", "A WebSocket is served here"
 
 
 class RateLimited(OrchestratorError):

@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     public_url: str = ""
+    allowed_origins: str = ""  # of pages that may attach to terminals, comma separated, besides our own
     data_dir: Path = Field(default_factory=lambda: Path(user_data_dir("code-sessions")))
     redis_url: str = ""
     runtime: RuntimeKind = RuntimeKind.LOCAL
@@ -103,6 +104,13 @@ class Settings(BaseSettings):
         return (self.public_url or f"http://{_in_url(self.host)}:{self.port}").rstrip("/")
 
     @property
+    def origins(self) -> frozenset[str]:
+        """What a browser may say as `Origin` of pages that attach to terminals."""
+        own = urlsplit(self.origin)
+        named = (origin.strip().rstrip("/") for origin in self.allowed_origins.split(","))
+        return frozenset({f"{own.scheme}://{own.netloc}", *(origin for origin in named if origin)})
+
+    @property
     def app_url_template(self) -> str:
         """An application's URL with `{app}` for its host name label."""
         return self.gateway_public_url or f"http://{{app}}.localhost:{self.gateway_port}/"
@@ -156,4 +164,8 @@ def load_settings(**overrides: object) -> Settings:
     for name, url in (("PUBLIC_URL", settings.public_url), ("GATEWAY_PUBLIC_URL", settings.gateway_public_url)):
         if url and urlsplit(url).scheme not in {"http", "https"}:
             raise SettingsError(f"CODE_SESSIONS_{name}: not an http(s) URL: {url}")
+    for origin in settings.origins:
+        parts = urlsplit(origin)
+        if not parts.netloc or parts.path or parts.query:
+            raise SettingsError(f"CODE_SESSIONS_ALLOWED_ORIGINS: not an origin such as https://example.com: {origin}")
     return settings

@@ -35,9 +35,10 @@ from sidecar.workspace import ArchiveStream
 _BACKOFF_FIRST_S, _BACKOFF_MAX_S = 0.05, 2.0
 _HANDSHAKE_S: Final = 10.0
 _GONE: Final = 410  # the session has ended: nobody will ever ask for this sidecar again
-# Up to two batches go out at once whatever their size (a keystroke's echo does not wait), more only when they are
-# large: so a flood of small reads becomes few large chunks instead of many small ones.
-_EAGER_BATCHES, _MAX_BATCHES = 2, 8
+# A few batches go out at once whatever their size (a keystroke's echo does not wait), more only when they are large: so
+# a flood of small reads becomes few large chunks instead of many small ones. The control plane puts an acknowledgement
+# off for fewer batches than that.
+_EAGER_BATCHES, _MAX_BATCHES = 4, 8
 _LARGE_BYTES: Final = 64 * 1024
 
 
@@ -128,8 +129,7 @@ class Link:
             self._socket, self._welcomed = socket, True
             self._terminal.room()
             self.pump()
-            while True:
-                self._dispatch(socket, await socket.receive())
+            await socket.receive_all(lambda message: self._dispatch(socket, message))
         finally:
             self._socket, self._welcomed = None, False
             heartbeat.cancel()
@@ -241,8 +241,8 @@ class Link:
         if name == "start":
             return {"seq": self._terminal.start(args.get("cols"), args.get("rows"))}
         if name == "resize":
-            self._terminal.resize(integer(args, "cols"), integer(args, "rows"))
-        elif name == "signal":
+            return {"seq": self._terminal.resize(integer(args, "cols"), integer(args, "rows"))}
+        if name == "signal":
             self._terminal.signal(str(args.get("signal")))
         elif name == "archive":
             return await self._send_archive(socket, integer(request, "id"))

@@ -99,6 +99,28 @@ class Terminals:
         await self._until_appended(session_id, integer(answer, "seq"))
         return await self._store.terminal_state(session_id)
 
+    async def resize(self, organization_id: str, session_id: str, *, cols: int, rows: int) -> TerminalState:
+        """Give the terminal a size, 1 to 1000 each; returns once the log says so.
+
+        Raises:
+            SessionNotFound, SessionEnded, TerminalExited, TerminalUnavailable: as named.
+            InvalidRequest: no such size.
+        """
+        answer = await self._with_link(
+            organization_id, session_id, lambda link: link.request("resize", cols=cols, rows=rows), REQUEST_S
+        )
+        await self._until_appended(session_id, integer(answer, "seq"))
+        return await self._store.terminal_state(session_id)
+
+    async def signal(self, organization_id: str, session_id: str, name: str) -> None:
+        """Send a signal, such as `SIGINT`, to the terminal's foreground process group.
+
+        Raises:
+            SessionNotFound, SessionEnded, TerminalExited, TerminalUnavailable: as named.
+            InvalidRequest: no such signal.
+        """
+        await self._with_link(organization_id, session_id, lambda link: link.request("signal", signal=name), REQUEST_S)
+
     async def _until_appended(self, session_id: str, seq: int) -> None:
         deadline = time.monotonic() + REQUEST_S
         async with self._hub.watching(session_id) as watch:
@@ -125,7 +147,7 @@ class Terminals:
         wait_s: float,
         max_bytes: int = PAGE_BYTES,
     ) -> Output:
-        """Output after `after`; with nothing there, what comes within `wait_s`.
+        """Output after `after`, about `max_bytes` of it; with nothing there, what comes within `wait_s`.
 
         Raises:
             SessionNotFound: not in this organization.

@@ -37,6 +37,10 @@ _APPEND_BYTES: Final = 512 * 1024  # at most about this much in one append
 _RECORD_COST_BYTES: Final = 200  # so that a great many tiny ones count, too
 _QUEUED_BYTES_MAX: Final = 8 * 1024 * 1024  # more than the protocol lets a sidecar have in flight
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
+# An acknowledgement is put off until so much, so many batches or so much time has gathered.
+_ACK_BYTES: Final = 32 * 1024
+_ACK_BATCHES: Final = 3
+_ACK_DELAY_S: Final = 0.2
 _LAST_APPENDS_S: Final = 10.0  # for what a link that is gone had brought
 
 log = structlog.get_logger(__name__)
@@ -112,6 +116,9 @@ class SidecarLink:
         self._expected_seq: int | None = None  # after a resume: what is on its way from before it is passed over
         self._room = asyncio.Event()
         self._room.set()
+        self._durable_seq = live.last_seq
+        self._unacknowledged_bytes = self._unacknowledged_batches = 0
+        self._ack_timer: asyncio.TimerHandle | None = None
         self._superseded = False
         self._closed_at_s = 0.0
         self.closed = asyncio.Event()
@@ -129,6 +136,8 @@ class SidecarLink:
             if not self._queue:
                 self._queue_changed.clear()
                 await self._queue_changed.wait()
+                if self._ack_timer is not None and not self._queue and not self.closed.is_set():
+                    await self._acknowledge()
                 continue
             batch, size = [self._queue.popleft()], 0
             while self._queue and size < _APPEND_BYTES:
@@ -153,16 +162,36 @@ class SidecarLink:
         else:
             return  # the sidecar, if it is still there, sends it again over its next link
         if appended.complete:
+            self._durable_seq = appended.last_seq
             self.live.add(batch, appended.first_seq)
-            if not self.closed.is_set():
-                with suppress(LinkLost):  # what else came over it is appended all the same
-                    await self._send({"t": "ack", "seq": batch[-1].seq})
             await self._on_appended(self.session_id, batch)
+            self._unacknowledged_bytes += _size(batch)
+            self._unacknowledged_batches += 1
+            put_off = self._unacknowledged_bytes < _ACK_BYTES and self._unacknowledged_batches < _ACK_BATCHES
+            if put_off and batch[-1].kind is RecordKind.OUTPUT:
+                if self._ack_timer is None:
+                    loop = asyncio.get_running_loop()
+                    self._ack_timer = loop.call_later(_ACK_DELAY_S, self._queue_changed.set)
+            else:
+                await self._acknowledge()
         elif self.closed.is_set():
             self._queue.clear()
         else:
             with suppress(LinkLost):
                 await self.resume_from(appended.last_seq)
+
+    async def _acknowledge(self) -> None:
+        """Tell the sidecar what is durable. Not at each append: for a little output that costs more than appending."""
+        self._begin_acknowledging()
+        if not self.closed.is_set():
+            with suppress(LinkLost):  # what else came over it is appended all the same
+                await self._send({"t": "ack", "seq": self._durable_seq})
+
+    def _begin_acknowledging(self) -> None:
+        self._unacknowledged_bytes = self._unacknowledged_batches = 0
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
 
     def _given_up(self) -> bool:
         return self.closed.is_set() and (self._superseded or time.monotonic() - self._closed_at_s > _LAST_APPENDS_S)
@@ -173,6 +202,7 @@ class SidecarLink:
         self._queued_bytes = 0
         self._room.set()
         self._expected_seq = last_seq + 1
+        self._begin_acknowledging()
         await self._send({"t": "resume", "after": last_seq})
 
     async def receive(self, message: str | bytes) -> None:

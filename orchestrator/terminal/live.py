@@ -35,7 +35,10 @@ class LiveLog:
     def add(self, records: list[Record], first_seq: int) -> None:
         """Take in what was just appended; what was there already is passed over."""
         self.first_seq = first_seq
-        new = [record for record in records if record.seq > self.last_seq]
+        new: list[Record] = []
+        for record in records:  # one batch may hold a record twice, when two resumes crossed
+            if record.seq > (new[-1].seq if new else self.last_seq):
+                new.append(record)
         if not new:
             return
         if new[0].seq != self.last_seq + 1:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from orchestrator.models import TerminalState
 from orchestrator.store.connection import StoreClient
+from orchestrator.store.lane import ScriptLane
 from sidecar.protocol import Record, RecordKind
 
 PAGE_BYTES: Final = 1024 * 1024
@@ -50,7 +51,8 @@ class OutputStore:
         """`retention_bytes`: what is kept of each session. `retention_days`: how long after its end; 0: for ever."""
         self._redis, self._retention_bytes = redis, retention_bytes
         self._retention_s = int(retention_days * 86400)
-        self._append = redis.register_script(files(__package__).joinpath("append.lua").read_text())
+        script = redis.register_script(files(__package__).joinpath("append.lua").read_text())
+        self._append = ScriptLane(redis, script)
         self._close = redis.register_script(files(__package__).joinpath("close.lua").read_text())
 
     @staticmethod
@@ -71,9 +73,12 @@ class OutputStore:
             RECORD_LEAST_BYTES,
             events_channel(session_id),
         ]
+        size_bytes = 0
         for record in records:
             arguments += (record.seq, record.offset, record.time_ms, int(record.kind), record.data)
-        complete, last_seq, first_seq = await self._append(keys=self.keys(session_id), args=arguments)
+            size_bytes += len(record.data)
+        keys = self.keys(session_id)
+        complete, last_seq, first_seq = await self._append.run(keys, arguments, size_bytes=size_bytes)
         if complete < 0:
             raise LogClosed(session_id)
         return Appended(bool(complete), last_seq, first_seq)
@@ -110,12 +115,12 @@ class OutputStore:
                 pipe.hmget(tail, ("first", "last"))  # before the records: what it names is then there, or trimmed
                 pipe.xrange(stream, min=f"({start}-0", max="+", count=count)
                 (first, last), entries = await pipe.execute()
-            if records and entries and _seq(entries[0][0]) != records[-1].seq + 1:
-                entries = []  # trimmed between two looks: end here, and the next read tells of it
             for entry_id, fields in entries:
                 record = _record(entry_id, fields)
                 if records and size + len(record.data) > max_bytes:
                     break
+                if records and record.seq != records[-1].seq + 1:
+                    break  # trimmed between two looks, or lost for good: end here, and the next read tells of it
                 records.append(record)
                 size += len(record.data)
             else:

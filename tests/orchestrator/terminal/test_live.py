@@ -92,3 +92,11 @@ def test_memory_does_not_grow_with_what_went_by(count):
     for batch in range(3000 // count):
         live.add(records(1 + batch * count, count, size=10_000), 1)
     assert len(live._records) < 2 * MAX_BYTES // 10_000 + count
+
+
+def test_a_batch_that_holds_records_twice_is_served_as_it_is_stored():
+    live = read_log()
+    live.add(records(1, 2), 1)
+    live.add(records(3, 2) + records(3, 4), 1)  # two resumes crossed: the store passed over the second copy
+    assert seqs(live.page(0, limit=10, max_bytes=1000)) == [1, 2, 3, 4, 5, 6]
+    assert seqs(live.page(4, limit=10, max_bytes=1000)) == [5, 6]

@@ -120,6 +120,11 @@ async def test_after_a_loss_that_nothing_can_heal_the_log_goes_on_and_says_what_
     page = await store.read("cs_a", after=5, limit=10)
     assert page.records[0].seq == 10
     assert page.first_seq == 10
+    before = Output(await store.read("cs_a", after=0, limit=10), 0)
+    assert [record.seq for record in before.page.records] == [1, 2, 3, 4, 5], "nothing is skipped within a page"
+    assert (before.truncated, before.has_more) == (False, True)
+    behind = Output(await store.read("cs_a", after=5, limit=10), 5)
+    assert (behind.truncated, behind.last_seq) == (True, 11)
 
 
 async def test_a_closed_log_takes_nothing_more_and_says_that_the_terminal_was_lost(store):

@@ -15,6 +15,7 @@ _LOOK_S: Final = 1.0  # a deployment's end is no chunk that would wake a reader
 class LogPage:
     page: Page
     after: int
+    ended: str = ""  # the state that the deployment has settled in: nothing comes after this page; empty: it may
 
     @property
     def last_seq(self) -> int:
@@ -45,9 +46,10 @@ class Logs:
         deadline = time.monotonic() + wait_s
         while True:
             deployment = await self._deployments.get(organization_id, deployment_id)
-            found = await self._read(Log(deployment.app_id, deployment.id), after, limit)
+            ended = deployment.state.value if deployment.state in SETTLED else ""
+            found = await self._read(Log(deployment.app_id, deployment.id), after, limit, ended)
             left_s = deadline - time.monotonic()
-            if found.page.chunks or left_s <= 0 or deployment.state in SETTLED:
+            if found.page.chunks or left_s <= 0 or ended:
                 return found
             await self._wait(Log(deployment.app_id, deployment.id), found, left_s)
 
@@ -66,8 +68,8 @@ class Logs:
                 return found
             await self._wait(Log(app.id), found, left_s)
 
-    async def _read(self, log: Log, after: int, limit: int) -> LogPage:
-        return LogPage(await self._store.read(log, after=after, limit=limit), after)
+    async def _read(self, log: Log, after: int, limit: int, ended: str = "") -> LogPage:
+        return LogPage(await self._store.read(log, after=after, limit=limit), after, ended)
 
     async def _wait(self, log: Log, found: LogPage, left_s: float) -> None:
         newest = max(found.after, found.page.last_seq)

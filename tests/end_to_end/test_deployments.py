@@ -1,6 +1,7 @@
 """Deployments and applications through the REST API, with a real control plane, worker and gateway."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -86,7 +87,62 @@ async def test_what_a_running_application_writes_can_be_read_and_it_cannot_be_ca
     assert (refused.status, refused.json["code"], refused.json["state"]) == (409, "deployment-settled", "running")
 
 
-@pytest.mark.parametrize("path", ["deployments/dep_x/logs", "apps/app_x/logs"])
+async def events(client, path, **headers):
+    """The events of a stream until it ends: (name, id, data)."""
+    found, fields = [], {}
+    async with client._http.get(f"{client.origin}/api/v1/{path}", headers=headers) as answer:
+        assert answer.status == 200, await answer.text()
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        async for line in answer.content:
+            name, _, value = line.decode().rstrip("\n").partition(": ")
+            if name in {"event", "id", "data"}:
+                fields[name] = value
+            elif not name and fields:
+                found.append((fields["event"], fields.get("id", ""), json.loads(fields["data"])))
+                fields = {}
+    return found
+
+
+async def test_the_log_of_a_deployment_is_followed_as_events_until_it_settles_and_resumed(client):
+    session = await client.create("events")
+    await write(session, "Procfile", "web: x")
+    await write(session, "package.json", '{"scripts": {"build": "echo one; sleep 1; echo two; sleep 1; exit 3"}}')
+    deployment_id = await begin(session)
+    path = f"deployments/{deployment_id}/logs/stream"
+    async with asyncio.timeout(60):
+        live = await events(client, path)
+    *chunks, (last, last_id, end) = live
+    text = "".join(data["text"] for _, _, data in chunks)
+    assert "\none\n" in text
+    assert "\ntwo\n" in text
+    assert (last, end) == ("end", {"status": "failed"})
+    assert [name for name, _, _ in chunks] == ["output"] * len(chunks)
+    assert [event_id for _, event_id, _ in chunks] == [str(number) for number in range(1, len(chunks) + 1)]
+    assert last_id == f"{len(chunks)}-end"
+    assert await events(client, path, **{"Last-Event-ID": "1"}) == live[1:]
+    over = await client.call("GET", path, headers={"Last-Event-ID": last_id})
+    assert over.status == 204
+    wrong = await client.call("GET", path, headers={"Last-Event-ID": "x"})
+    assert wrong.status == 400
+
+
+async def test_the_log_of_an_application_is_followed_as_events(client):
+    session = await client.create("app-events")
+    await write_server(session, "one")
+    deployed = await session.deploy()
+    seen = ""
+    url = f"{client.origin}/api/v1/apps/{deployed['appId']}/logs/stream"
+    async with asyncio.timeout(30), client._http.get(url) as answer:
+        async for line in answer.content:
+            seen += line.decode()
+            if "up none" in seen:
+                break
+    assert deployed["id"] in seen
+
+
+@pytest.mark.parametrize(
+    "path", ["deployments/dep_x/logs", "apps/app_x/logs", "deployments/dep_x/logs/stream", "apps/app_x/logs/stream"]
+)
 async def test_an_unknown_log_is_404(client, path):
     answer = await client.call("GET", path)
     assert (answer.status, answer.json["code"].rpartition("-")[2]) == (404, "found")

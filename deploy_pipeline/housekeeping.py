@@ -16,6 +16,8 @@ _ENDED: Final = frozenset(
 _YOUNG_S: Final = 60.0
 # An archive is stored some moments before its deployment names it.
 ARCHIVE_YOUNG_S: Final = 3600.0
+# An archive on its way may pause, but the whole of it has less time than this.
+_HALF_WRITTEN_S: Final = 300.0
 
 
 class Housekeeping:
@@ -49,8 +51,11 @@ class Housekeeping:
         return time.time() - replaced_at / 1000 < self._drain_s
 
     async def _remove_archives(self) -> None:
-        """Archives of neither a release that is kept here nor a deployment in progress, and half-written ones."""
-        old = [path for path in self._archives_dir.glob("*") if _age_s(path) > ARCHIVE_YOUNG_S]
+        """Half-written ones, and those of neither a release that is kept here nor a deployment in progress."""
+        for path in self._archives_dir.glob(".*.part"):
+            if _age_s(path) > _HALF_WRITTEN_S:
+                path.unlink(missing_ok=True)
+        old = [path for path in self._archives_dir.glob("*.zip") if _age_s(path) > ARCHIVE_YOUNG_S]
         if not old:
             return
         wanted = await self._queue.archives_in_progress()

@@ -5,13 +5,15 @@ import contextlib
 import importlib.resources
 import os
 import subprocess
+import time
 
 import docker
 import pytest
 from conftest import ORG, Pipeline, running_worker
 
-from deploy_pipeline.jobs import DeploymentState
+from deploy_pipeline.jobs import DeploymentState, Health
 from deploy_pipeline.logs import Log, LogStore
+from deploy_pipeline.orders import Verb
 from deploy_pipeline.worker import WorkerConfig
 
 pytestmark = pytest.mark.docker
@@ -144,6 +146,59 @@ async def test_a_dockerfile_is_built_as_it_is_and_a_failing_one_leaves_the_old_r
     assert await on_docker.fetch(done) == (200, "release mine")
     assert len(await containers(engine)) == 1
     assert len(await asyncio.to_thread(images, engine)) == 1
+
+
+async def test_a_rollback_runs_the_very_image_of_then_within_two_seconds(on_docker, engine):
+    orders = on_docker.worker._orders
+    first = await on_docker.deploy({"main.py": SERVER % "one"})
+    assert await orders.put_env(first.app_id, {"LATER": "1"}) == 1
+    second = await on_docker.deploy({"main.py": SERVER % "two"})
+    assert (second.state, second.settings_version) == (DeploymentState.RUNNING, 1)
+    took = []
+    for expected in ("one", "two", "one"):
+        began = time.monotonic()
+        app = await on_docker.queue.get_app(ORG, first.app_id)
+        back = await on_docker.settled(await orders.roll_back(app, "", user_id="u"))
+        took.append(time.monotonic() - began)
+        assert (back.state, back.reason) == (DeploymentState.RUNNING, "")
+        assert await on_docker.fetch(first) == (200, f"release {expected}")
+    assert min(took) < 2, took
+    assert "LATER=1" not in engine.containers.get(container_of(back)).attrs["Config"]["Env"]
+
+
+async def test_a_container_that_ends_again_and_again_is_said_to_crash_and_removing_it_leaves_nothing(on_docker, engine):
+    files = {"main.py": "import os, threading\nthreading.Timer(3, lambda: os._exit(3)).start()\n" + SERVER % "ill"}
+    done = await on_docker.deploy(files)
+    assert (done.state, done.reason) == (DeploymentState.RUNNING, "")
+    async with asyncio.timeout(60):
+        while (app := await on_docker.queue.get_app(ORG, done.app_id)).health is not Health.CRASH_LOOPING:
+            await asyncio.sleep(0.2)
+    assert app.health_reason == "it ended with status 3"
+    assert app.restarts >= 2
+    orders = on_docker.worker._orders
+    await orders.give(done.app_id, Verb.STOP)
+    async with asyncio.timeout(30):
+        while (app := await on_docker.queue.get_app(ORG, done.app_id)).health is not Health.STOPPED:
+            await asyncio.sleep(0.1)
+    assert await containers(engine) == []
+    await orders.give(done.app_id, Verb.REMOVE)
+    async with asyncio.timeout(30):
+        while await on_docker.queue.get_app(ORG, done.app_id) is not None:
+            await asyncio.sleep(0.1)
+    assert await asyncio.to_thread(images, engine) == set()
+
+
+async def test_a_container_that_somebody_removed_is_made_again(on_docker, engine):
+    done = await on_docker.deploy({"main.py": SERVER % "here"})
+    await asyncio.sleep(1.5)  # the supervisor has seen it
+    await asyncio.to_thread(engine.containers.get(container_of(done)).remove, force=True)
+    async with asyncio.timeout(30):
+        while (await on_docker.fetch(done)) != (200, "release here"):
+            await asyncio.sleep(0.1)
+
+
+def container_of(deployment):
+    return "code-sessions-" + deployment.id.replace("_", "-")
 
 
 async def test_a_dockerfile_outside_the_project_is_not_read(on_docker):

@@ -44,7 +44,7 @@ class Call:
 
     @property
     def takes_body(self):
-        return self.method == "POST"
+        return self.method in {"POST", "PUT"}
 
 
 CREATE = Call("POST", "code-sessions", WRITE, {"projectName": "bad-input", "projectDescription": ""})
@@ -63,9 +63,21 @@ SHOW_DEPLOYMENT = Call("GET", "deployments/{deployment}", READ)
 CALLS = [
     CREATE, LIST, SHOW, INPUT, OUTPUT, START, TERMINAL, DEPLOYMENT, DELETE, APPS, APP, APP_DEPLOYMENTS, SHOW_DEPLOYMENT,
 ]  # fmt: skip
-WITH_ID = [call for call in CALLS if call.takes_id]
-WITH_BODY = [call for call in CALLS if call.takes_body]
-each_call = pytest.mark.parametrize("call", CALLS, ids=str)
+# Only ever tried in ways that are refused: what they do would be in the way of the other tests.
+REFUSED = [
+    Call("DELETE", "apps/{app}", DEPLOY),
+    *(Call("POST", f"apps/{{app}}/{verb}", DEPLOY, {}) for verb in ("stop", "start", "restart", "rollback")),
+    Call("PUT", "apps/{app}/env", DEPLOY, {"env": {}}),
+    Call("POST", "deployments/{deployment}/cancel", DEPLOY, {}),
+    *(
+        Call("GET", f"{of}/logs{end}", READ)
+        for of in ("apps/{app}", "deployments/{deployment}")
+        for end in ("", "/stream")
+    ),
+]
+WITH_ID = [call for call in CALLS + REFUSED if call.takes_id]
+WITH_BODY = [call for call in CALLS + REFUSED if call.takes_body]
+each_call = pytest.mark.parametrize("call", CALLS + REFUSED, ids=str)
 each_call_with_id = pytest.mark.parametrize("call", WITH_ID, ids=str)
 each_call_with_body = pytest.mark.parametrize("call", WITH_BODY, ids=str)
 
@@ -314,7 +326,7 @@ PATHS = [*sorted({call.path for call in CALLS}), "/healthz", "/readyz"]
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_wrong_method_is_told_the_right_ones(world, client, session, path):
-    right = {call.method for call in CALLS if call.path == path} or {"GET"}
+    right = {call.method for call in CALLS + REFUSED if call.path == path} or {"GET"}
     if "GET" in right:
         right.add("HEAD")
     for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"} - right:

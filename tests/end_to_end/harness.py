@@ -56,6 +56,13 @@ class Serve:
             time.sleep(0.02)
         return self
 
+    def beside(self, command):
+        """Another of the product's programs with the same settings, which the caller ends."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CODE_SESSIONS_")}
+        with self.log.open("ab") as log:
+            arguments = [self.command[0], command]
+            return subprocess.Popen(arguments, env=environment | self.settings, stdout=log, stderr=log)
+
     def new_log(self):
         """What the running process has written."""
         text = self.log.read_text(errors="replace")

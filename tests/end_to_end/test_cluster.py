@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.end_to_end.harness import Serve
+from tests.end_to_end.harness import Serve, fetch
 from tests.orchestrator.store.cluster import running_cluster
 
 
@@ -40,3 +40,33 @@ async def test_sessions_output_input_and_keys_work_on_a_cluster(serve):
         for session in sessions:
             await session.delete()
             assert (await session.show())["status"] == "completed"
+
+
+async def test_deployments_logs_orders_and_routes_work_on_a_cluster(tmp_path):
+    with running_cluster(tmp_path) as url:
+        serve = Serve(tmp_path / "data", CODE_SESSIONS_REDIS_URL=url).start()
+        others = [serve.beside(command) for command in ("worker", "gateway")]
+        try:
+            async with serve.client() as client:
+                session = await client.create("on a cluster")
+                await session.run("echo '<p>cluster' > index.html")
+                deployed = await session.deploy()
+                assert deployed["state"] == "running", deployed
+                assert (await fetch(deployed["url"]))[1] == "<p>cluster\n"
+                app = f"apps/{deployed['appId']}"
+                log = (await client.call("GET", f"deployments/{deployed['id']}/logs")).json["chunks"]
+                assert "traffic moves now" in "".join(chunk["text"] for chunk in log)
+                assert (await client.call("POST", f"{app}/stop")).json["status"] == "stopped"
+                assert (await fetch(deployed["url"]))[0] == 503
+                assert (await client.call("PUT", f"{app}/env", {"env": {"A": "1"}})).status == 200
+                assert (await client.call("POST", f"{app}/start")).json["status"] == "running"
+                assert (await session.deploy())["settingsVersion"] == 1
+                assert (await client.call("POST", f"{app}/rollback")).json["state"] == "running"
+                assert (await client.call("DELETE", app)).status == 204
+                assert (await client.call("GET", app)).status == 404
+        finally:
+            for process in others:
+                process.terminate()
+                process.wait(30)
+            serve.stop()
+            serve.remove_all()

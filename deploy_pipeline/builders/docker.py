@@ -11,6 +11,7 @@ import random
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ _HOST_PORTS: Final = range(20_000, 32_000)  # below Linux's ephemeral ports
 _SUBNETS: Final = list(IPv4Network("10.213.0.0/16").subnets(new_prefix=28))
 _ATTEMPTS: Final = 20
 _ENGINE_TIMEOUT_S: Final = 60
+_REMOVAL_S: Final = 30.0
+_LOOK_S: Final = 0.1
+_FRESH_S: Final = 10.0
 _MIB: Final = 1024 * 1024
 
 _Result = TypeVar("_Result")
@@ -280,9 +284,19 @@ class DockerRuntime(Runtime):
             return RunState(running=False, reason="its container is gone")
         state, restarts = attributes["State"], attributes.get("RestartCount", 0)
         if state["Running"] and not state["Restarting"]:
-            return RunState(running=True, restarts=restarts)
+            # Once it is up again, its record says nothing any more of how it ended.
+            reason = self._last_end(release) if restarts and _age_s(state["StartedAt"]) < _FRESH_S else ""
+            return RunState(running=True, reason=reason, restarts=restarts)
         reason = "it ran out of memory" if state["OOMKilled"] else f"it ended with status {state['ExitCode']}"
         return RunState(running=False, reason=reason, restarting=bool(state["Restarting"]), restarts=restarts)
+
+    def _last_end(self, release: Release) -> str:
+        """How the container ended last, as the engine's events of the last minute say; empty when they do not."""
+        now = int(time.time())
+        wanted: Any = {"container": _container_name(release.deployment_id), "event": "die"}
+        ends = list(self._engine.events(since=now - 60, until=now, filters=wanted, decode=True))
+        status = ends[-1].get("Actor", {}).get("Attributes", {}).get("exitCode", "") if ends else ""
+        return f"it ended with status {status}" if status else ""
 
     def _read_log(self, release: Release, position: str, max_bytes: int) -> LogPiece:
         """A position is the engine's time of the last line read, to the nanosecond."""
@@ -303,10 +317,19 @@ class DockerRuntime(Runtime):
         return LogPiece(bytes(data), last)
 
     def _stop(self, deployment_id: str) -> None:
-        with contextlib.suppress(NotFound):
-            container = self._engine.containers.get(_container_name(deployment_id))
-            container.stop(timeout=int(self._stop_grace_s))
-            container.remove(v=True, force=True)
+        deadline = time.monotonic() + self._stop_grace_s + _REMOVAL_S
+        while True:
+            try:
+                container = self._engine.containers.get(_container_name(deployment_id))
+                container.stop(timeout=int(self._stop_grace_s))
+                container.remove(v=True, force=True)
+            except NotFound:
+                return
+            except APIError as error:
+                # Somebody else is removing it just now: wait until that is done.
+                if error.status_code != HTTPStatus.CONFLICT or time.monotonic() > deadline:
+                    raise
+            time.sleep(_LOOK_S)
 
     def _remove_images(self, app_id: str, kept: list[Release]) -> None:
         wanted = tuple(_tag_without_base(release) for release in kept)  # also when the base image changed since
@@ -340,6 +363,10 @@ def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield from (line + b"\n" for line in lines)
     if rest:
         yield rest
+
+
+def _age_s(timestamp: str) -> float:
+    return time.time() - _seconds(timestamp)
 
 
 def _seconds(timestamp: str) -> float:

@@ -128,7 +128,7 @@ async def gateway_process(socket, port):
 
 @pytest.mark.timeout(300)
 async def test_ten_redeployments_under_constant_load_fail_no_request(queue, valkey_socket, tmp_path, unused_tcp_port):
-    config = WorkerConfig("local", tmp_path, "http://{app}.localhost/")
+    config = WorkerConfig("local", tmp_path, "http://{app}.localhost/", drain_s=8)  # more than a conversation takes
     pipeline = Pipeline(queue, config, None)
     async with (
         worker_to_kill(config, valkey_socket),

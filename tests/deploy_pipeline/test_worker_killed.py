@@ -35,9 +35,9 @@ import asyncio, sys
 from pathlib import Path
 from redis.asyncio import Redis
 from deploy_pipeline.worker import Worker, WorkerConfig
-runtime, socket, data, installation = sys.argv[1:]
+runtime, socket, data, installation, drain_s = sys.argv[1:]
 url = "http://{app}.localhost/"
-config = WorkerConfig(runtime, Path(data), url, installation=installation, lease_s=1.5, drain_s=1.2)
+config = WorkerConfig(runtime, Path(data), url, installation=installation, lease_s=1.5, drain_s=float(drain_s))
 asyncio.run(Worker(Redis(unix_socket_path=socket), config).run())
 """
 # When the worker is killed: the state that was just reached, and how much later.
@@ -61,7 +61,7 @@ def application(version, delay_s=0.0):
 
 @asynccontextmanager
 async def worker_to_kill(config, socket):
-    arguments = [config.runtime, str(socket), str(config.data_dir), config.installation]
+    arguments = [config.runtime, str(socket), str(config.data_dir), config.installation, str(config.drain_s)]
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", PROGRAM, *arguments)
     try:
         yield process

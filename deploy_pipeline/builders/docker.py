@@ -26,9 +26,9 @@ from requests.exceptions import RequestException
 from deploy_pipeline.builders.base import BUILD_TIMEOUT_S, STOP_GRACE_S, BuildLog, Release, RunState, Runtime
 from deploy_pipeline.builders.dockerfile import HOST, PORT, dockerfile_for
 from deploy_pipeline.builders.processes import MARK, inherited_environment, kill_release, run_step
-from deploy_pipeline.detect import Kind
 from deploy_pipeline.errors import DeployFailed, EngineUnavailable, StartFailed
 from deploy_pipeline.jobs import LOG_TAIL_LINES
+from deploy_pipeline.project_settings import Kind
 from deploy_pipeline.routing import HttpTarget, Target
 
 _APP: Final = "code-sessions.app"
@@ -193,7 +193,7 @@ class DockerRuntime(Runtime):
 
     def _start(self, release: Release) -> HttpTarget:
         tag = self._tag_of(release)
-        port = self._port_of(tag)
+        port = release.plan.port or self._port_of(tag)
         network = self._network(release.app_id)
         name = _container_name(release.deployment_id)
         self._stop(release.deployment_id)  # what a worker that died had started
@@ -214,8 +214,12 @@ class DockerRuntime(Runtime):
         raise StartFailed("No free port was found on this machine.")
 
     def _hardening(self, release: Release, port: int) -> dict[str, Any]:
-        return {
-            "environment": {"PORT": str(port), "HOST": HOST},
+        own_start: dict[str, Any] = {}
+        if release.plan.kind is Kind.DOCKERFILE and release.plan.start:
+            program, *arguments = release.plan.start_at(HOST, port)
+            own_start = {"entrypoint": [program], "command": arguments}  # an entry point of the image's is not wanted
+        return own_start | {
+            "environment": release.plan.env | {"PORT": str(port), "HOST": HOST},
             "labels": self._labels(release.app_id) | {_DEPLOYMENT: release.deployment_id},
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],

@@ -36,8 +36,9 @@ from deploy_pipeline.builders.processes import (
     spawn,
     started_at,
 )
-from deploy_pipeline.detect import Kind, site_root
+from deploy_pipeline.detect import refusal_by_local_runtime, site_root
 from deploy_pipeline.errors import BuildFailed, NotDeployable, StartFailed
+from deploy_pipeline.project_settings import Kind
 from deploy_pipeline.routing import HttpTarget, StaticTarget, Target
 
 _HOST: Final = "127.0.0.1"
@@ -78,11 +79,9 @@ class LocalRuntime(Runtime):
         self._restarts: dict[str, _Restarts] = {}
 
     async def build(self, release: Release, log: BuildLog) -> None:
-        if release.plan.kind is Kind.DOCKERFILE:
-            raise NotDeployable(
-                "A Dockerfile project needs the docker runtime: this installation runs applications as plain processes."
-            )
-        env = self._environment(release)
+        if refusal := refusal_by_local_runtime(release.plan):
+            raise NotDeployable(refusal)
+        env = release.plan.env | self._environment(release)
         deadline = time.monotonic() + self._build_timeout_s
         steps = release.plan.build
         if release.plan.venv:
@@ -114,7 +113,12 @@ class LocalRuntime(Runtime):
 
     def _start(self, release: Release) -> HttpTarget:
         port = self._free_port()
-        env = self._environment(release) | {"PORT": str(port), "HOST": _HOST, "NODE_ENV": "production"}
+        env = (
+            {"NODE_ENV": "production"}
+            | release.plan.env
+            | self._environment(release)
+            | {"PORT": str(port), "HOST": _HOST}
+        )
         command = release.plan.start_at(_HOST, port)
         program = shutil.which(command[0], path=env["PATH"])
         if program is None:

@@ -1,6 +1,7 @@
 """Archives of workspaces: kept by their hash, and unpacked as the hostile input that they are."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -8,6 +9,7 @@ import secrets
 import shutil
 import stat
 import struct
+import time
 import unicodedata
 import zipfile
 import zlib
@@ -18,6 +20,7 @@ from typing import BinaryIO, Final
 from deploy_pipeline.errors import ArchiveRefused
 
 _MIB: Final = 1024 * 1024
+_ABANDONED_S: Final = 3600
 _COPY_BYTES: Final = 256 * 1024
 _LINK_TARGET_BYTES: Final = 4096  # PATH_MAX
 _NAME_BYTES: Final = 255  # NAME_MAX
@@ -83,6 +86,13 @@ class ArchiveWriter:
             os.close(folder)
         return digest, self._bytes
 
+    def close_unnamed(self) -> Path:
+        """End the writing without keeping it as an archive: the file, which is the caller's to remove."""
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+        return self._temporary
+
     def abort(self) -> None:
         """Forget what was written."""
         if self._file is not None:
@@ -97,9 +107,14 @@ class ArchiveStore:
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self._folder, self.limits = folder, limits or Limits()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_abandoned(folder)
 
-    def writer(self) -> ArchiveWriter:
-        return ArchiveWriter(self._folder, self.limits)
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def writer(self, limits: Limits | None = None) -> ArchiveWriter:
+        return ArchiveWriter(self._folder, limits or self.limits)
 
     def path(self, sha256: str) -> Path:
         """Where the archive is.
@@ -111,6 +126,15 @@ class ArchiveStore:
         if _SHA256.fullmatch(sha256) is None or not path.is_file():
             raise ArchiveRefused("The workspace's archive is no longer stored; deploy again.")
         return path
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What a process that was killed had not finished. An hour old: no archive takes that long."""
+    oldest = time.time() - _ABANDONED_S
+    for path in (*folder.glob(".*.part"), *folder.glob(".preview-*")):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def extract(archive: Path, destination: Path, limits: Limits | None = None) -> int:

@@ -39,6 +39,7 @@ _NODE_SITE_FOLDERS: Final = ("dist", "build", "out", "public")  # where Vite, CR
 READ_NAMES: Final = ("deploy.toml", "app.json", "Procfile", "package.json", "pyproject.toml", *ENTRY_NAMES)
 READ_DEPTH: Final = 1
 READ_BYTES: Final = MANIFEST_BYTES
+_SHELL: Final = ("/bin/sh", "-c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ class Plan:
     env: dict[str, str] = field(default_factory=dict)
 
     def start_at(self, host: str, port: int) -> tuple[str, ...]:
-        """`start` with the place to listen filled in."""
+        """`start` with the place to listen filled in. The project's own line stays as it is."""
+        if self.start[:2] == _SHELL:
+            return self.start
         return tuple(part.replace("{host}", host).replace("{port}", str(port)) for part in self.start)
 
 
@@ -256,7 +259,7 @@ def _as_wanted(plan: Plan, wanted: ProjectSettings) -> Plan:
 
 def _shell(line: str) -> tuple[str, ...]:
     """The owner's own command line; nothing of ours is ever put into it."""
-    return ("/bin/sh", "-c", line)
+    return (*_SHELL, line)
 
 
 def _package_json(folder: Path) -> dict[str, Any] | None:

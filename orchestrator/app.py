@@ -16,13 +16,14 @@ from deploy_pipeline.archive import ArchiveStore
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
-from orchestrator.api import deployments, sessions, terminal
+from orchestrator.api import deployments, previews, sessions, terminal
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
-from orchestrator.api.keys import DEPLOYMENTS, LIFECYCLE, REGISTRY, SETTINGS, TERMINALS
+from orchestrator.api.keys import DEPLOYMENTS, LIFECYCLE, PREVIEWS, REGISTRY, SETTINGS, TERMINALS
 from orchestrator.api.problems import setup_problems
 from orchestrator.api.runner import ProblemAppRunner
+from orchestrator.deployments.previews import Previews
 from orchestrator.deployments.service import Deployments
 from orchestrator.runtimes.base import WorkspaceRuntime
 from orchestrator.runtimes.local import LocalRuntime
@@ -101,20 +102,22 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         hub = Hub(output, lambda: _store_identity(redis))
         lifecycle = SessionLifecycle(registry, runtime, hub, tasks, create_timeout_s=settings.create_timeout_s)
         terminals = Terminals(registry, hub, output)
+        archives = ArchiveStore(settings.data_dir.absolute() / "archives")
         service = Deployments(
             registry,
             terminals,
             DeploymentQueue(redis),
-            ArchiveStore(settings.data_dir.absolute() / "archives"),
+            archives,
             consumer=f"control-plane-{secrets.token_hex(4)}",
         )
 
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app[SETTINGS], app[REGISTRY], app[LIFECYCLE], app[TERMINALS] = settings, registry, lifecycle, terminals
         app[DEPLOYMENTS] = service
+        app[PREVIEWS] = Previews(registry, terminals, archives, settings.runtime)
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
-        for module in (sessions, terminal, deployments):
+        for module in (sessions, terminal, deployments, previews):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 

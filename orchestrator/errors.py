@@ -17,6 +17,7 @@ OrchestratorError
     TerminalRunning             terminal-running
     TerminalNotReading          terminal-not-reading
     IdempotencyKeyReused        idempotency-key-reused
+    WorkspaceNotArchivable      workspace-not-archivable
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
     StoreUnavailable            store-unavailable
@@ -107,6 +108,10 @@ class TerminalNotReading(Conflict):
 
 class IdempotencyKeyReused(Conflict):
     code, title = "idempotency-key-reused", "The Idempotency-Key was used with another body"
+
+
+class WorkspaceNotArchivable(Conflict):
+    code, title = "workspace-not-archivable", "The workspace's files cannot be archived"
 
 
 class RateLimited(OrchestratorError):

@@ -2,6 +2,7 @@
 
 from aiohttp import web
 
+from orchestrator.deployments.previews import Previews
 from orchestrator.deployments.service import Deployments
 from orchestrator.sessions.lifecycle import SessionLifecycle
 from orchestrator.sessions.registry import SessionRegistry
@@ -13,3 +14,4 @@ REGISTRY = web.AppKey("registry", SessionRegistry)
 LIFECYCLE = web.AppKey("lifecycle", SessionLifecycle)
 TERMINALS = web.AppKey("terminals", Terminals)
 DEPLOYMENTS = web.AppKey("deployments", Deployments)
+PREVIEWS = web.AppKey("previews", Previews)

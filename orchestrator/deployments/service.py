@@ -177,7 +177,7 @@ class Deployments:
             writer = self._archives.writer()
             try:
                 facts: JsonObject = {}
-                async for piece in self._terminals.archive(session, facts):
+                async for piece in self._terminals.archive(session, facts, None):
                     writer.write(piece)
                 return await writer.commit()
             except LinkLost:

@@ -134,15 +134,16 @@ class Terminals:
                 await _wait(event, min(left_s, 0.25 if self._hub.link(session_id) is None else 5.0))
                 woken = True
 
-    async def archive(self, session: Session, result: JsonObject) -> AsyncIterator[bytes]:
-        """The workspace as a zip; facts about it are in `result` at the end.
+    async def archive(self, session: Session, result: JsonObject, preview: JsonObject | None) -> AsyncIterator[bytes]:
+        """The workspace as a zip, or what `preview` asks for of it; facts about it are in `result` at the end.
 
         Raises:
             SessionEnded, TerminalUnavailable: there is nothing to archive from.
             RequestRefused, LinkLost: it broke, perhaps after some bytes.
         """
         link = await self._link(session, CREATE_PATIENCE_S)
-        async for piece in link.stream("archive", result):
+        stream = link.stream("archive", result) if preview is None else link.stream("preview", result, **preview)
+        async for piece in stream:
             yield piece
 
     async def _with_link(self, session: Session, use: Callable[[SidecarLink], Awaitable[T]], patience_s: float) -> T:

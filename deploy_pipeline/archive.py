@@ -26,6 +26,7 @@ _LINK_TARGET_BYTES: Final = 4096  # PATH_MAX
 _NAME_BYTES: Final = 255  # NAME_MAX
 _DIRECTORY_BYTES_PER_ENTRY: Final = 46 + 2 * 1024  # APPNOTE 4.3.12: the fixed part, and room for name and extra field
 _END: Final = struct.Struct("<4s4H2LH")  # APPNOTE 4.3.16: end of central directory record
+_LOCAL_HEADER_BYTES: Final = 30  # APPNOTE 4.3.7, without the name
 _ZIP64_LOCATOR_BYTES: Final = 20
 _ENCRYPTED: Final = 0x1
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -177,6 +178,20 @@ def _check_directory_size(file: BinaryIO, limits: Limits) -> None:
         raise ArchiveRefused(f"The archive has more than {limits.files} files.")
 
 
+def _check_overlaps(entries: list[zipfile.ZipInfo], directory_start: int) -> None:
+    """Refuse entries that share bytes: thousands of them can unpack one small piece, each within every limit.
+
+    Python's zipfile looks for that, too, but only from 3.11.8 on (CVE-2024-0450).
+    """
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            raise ArchiveRefused(f"The archive is damaged: {_shown(entry.filename)} shares bytes with another entry.")
+        end = entry.header_offset + _LOCAL_HEADER_BYTES + entry.compress_size
+    if end > directory_start:
+        raise ArchiveRefused("The archive is damaged: an entry reaches into the directory.")
+
+
 class _Extraction:
     """One archive being unpacked: what was seen so far, and how much."""
 
@@ -192,6 +207,7 @@ class _Extraction:
             raise ArchiveRefused(f"The archive has more than {self._limits.files} files.")
         if sum(entry.file_size for entry in entries) > self._limits.unpacked_bytes:
             raise self._too_large()  # by its own account, before anything is written
+        _check_overlaps(entries, self._archive.start_dir)
         links: list[tuple[str, str]] = []
         for entry in entries:
             kind = self._kind(entry)

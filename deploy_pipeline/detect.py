@@ -86,6 +86,11 @@ def detect(folder: Path) -> Plan:
     return _as_wanted(plan, wanted)
 
 
+def command_line(step: tuple[str, ...]) -> str:
+    """For people: the project's own line as it was written."""
+    return step[2] if step[:2] == _SHELL else " ".join(step)
+
+
 def refusal_by_local_runtime(plan: Plan) -> str:
     """Why the local runtime cannot run it; empty: it can."""
     if plan.kind is Kind.DOCKERFILE:

@@ -10,7 +10,15 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy_pipeline.archive import Limits, extract
-from deploy_pipeline.detect import READ_BYTES, READ_DEPTH, READ_NAMES, Plan, detect, refusal_by_local_runtime
+from deploy_pipeline.detect import (
+    READ_BYTES,
+    READ_DEPTH,
+    READ_NAMES,
+    Plan,
+    command_line,
+    detect,
+    refusal_by_local_runtime,
+)
 from deploy_pipeline.errors import ArchiveRefused, NotDeployable
 from deploy_pipeline.project_settings import Kind
 
@@ -61,6 +69,14 @@ class Preview:
     problem: str
     warnings: list[str]
 
+    @property
+    def build_lines(self) -> list[str]:
+        return [command_line(step) for step in self.plan.build] if self.plan is not None else []
+
+    @property
+    def start_line(self) -> str:
+        return command_line(self.plan.start) if self.plan is not None else ""
+
 
 def facts_of(found: dict[str, Any]) -> Facts:
     """
@@ -94,11 +110,6 @@ def preview(archive: Path, found: dict[str, Any], runtime: Literal["local", "doc
     if runtime == "local" and (refusal := refusal_by_local_runtime(plan)):
         return Preview(facts, None, refusal, warnings)
     return Preview(facts, plan, "", [*warnings, *_warnings_of_plan(plan, facts)])
-
-
-def command_line(step: tuple[str, ...]) -> str:
-    """For people: the project's own line as it was written."""
-    return step[2] if step[:2] == ("/bin/sh", "-c") else " ".join(step)
 
 
 def _warnings(src: Path, facts: Facts) -> list[str]:

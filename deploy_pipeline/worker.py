@@ -19,7 +19,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from deploy_pipeline.archive import ArchiveStore
-from deploy_pipeline.builders.base import BuildLog, Release, Runtime
+from deploy_pipeline.builders.base import BuildLimits, BuildLog, Release, Runtime
 from deploy_pipeline.builders.docker import DockerRuntime
 from deploy_pipeline.builders.local import LocalRuntime
 from deploy_pipeline.errors import DeployFailed, EngineUnavailable, LostClaim
@@ -58,6 +58,7 @@ class WorkerConfig:
     healthy_within_s: float = HEALTHY_WITHIN_S
     drain_s: float = DRAIN_S
     lease_s: float = LEASE_S
+    build_allowed_hosts: frozenset[str] = frozenset()  # see BuildLimits
 
     @property
     def archives_dir(self) -> Path:
@@ -253,7 +254,10 @@ class Worker:
 def make_runtime(config: WorkerConfig) -> Runtime:
     if config.runtime == "docker":
         return DockerRuntime(
-            app_image=config.app_image, installation=config.installation, gateway_container=config.gateway_container
+            app_image=config.app_image,
+            installation=config.installation,
+            gateway_container=config.gateway_container,
+            build_limits=BuildLimits(allowed_hosts=config.build_allowed_hosts),
         )
     return LocalRuntime(config.apps_dir)
 

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     workspace_pids: Annotated[int, Field(ge=16)] = 512
     link_dir: Path | None = None  # where the sidecars' socket is; default: below the data folder
     link_mount: str = ""  # what Docker mounts as that folder: a volume's name when `serve` runs in a container
+    build_allowed_hosts: str = (
+        ""  # names (or name:port), with commas between, that builds may reach in private networks
+    )
     gateway_container: str = ""  # compose: the container that the worker joins to each application's network
 
     @model_validator(mode="after")

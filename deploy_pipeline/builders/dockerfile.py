@@ -34,7 +34,7 @@ def dockerfile_for(plan: Plan, src: Path, base_image: str) -> str:
     if plan.venv:
         pip = () if any(step[0] == "pip" for step in plan.build) else ("--without-pip",)
         lines.append(_run(("python3", "-m", "venv", *pip, "/app/venv")))
-    early = _early_steps(plan, src)
+    early = early_steps(plan, src)
     for step, names in early:
         lines += [f"COPY --chown=app:app {json.dumps([*names, './'])}", _run(step)]
     lines.append('COPY --chown=app:app [".", "./"]')
@@ -60,7 +60,7 @@ def _run(step: tuple[str, ...]) -> str:
     return f"RUN {json.dumps(step)}"
 
 
-def _early_steps(plan: Plan, src: Path) -> list[tuple[tuple[str, ...], list[str]]]:
+def early_steps(plan: Plan, src: Path) -> list[tuple[tuple[str, ...], list[str]]]:
     """Steps that need no other files than the ones named: (step, files)."""
     early = []
     for step in plan.build:

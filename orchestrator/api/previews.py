@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from deploy_pipeline.preview import Preview, command_line
+from deploy_pipeline.preview import Preview
 from orchestrator.access.scopes import Scope
 from orchestrator.api.auth import require_scope
 from orchestrator.api.body import json_response
@@ -31,8 +31,8 @@ def preview_object(session_id: str, found: Preview) -> dict[str, Any]:
     plan = found.plan
     return body | {
         "kind": plan.kind,
-        "build": [command_line(step) for step in plan.build],
-        "start": command_line(plan.start) if plan.start else None,
+        "build": found.build_lines,
+        "start": found.start_line or None,
         "roots": list(plan.roots),
         "port": plan.port,
         "healthPath": plan.health_path,

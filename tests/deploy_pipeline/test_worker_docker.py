@@ -1,21 +1,16 @@
 """On a real engine, with the application image built from this repository (layers are cached after the first time)."""
 
 import asyncio
-import importlib.resources
 import subprocess
 
-import docker
 import pytest
-from conftest import ORG, Pipeline, running_worker
+from conftest import IMAGE, INSTALLATION, ORG, OURS, Pipeline, images, running_worker
 
 from deploy_pipeline.jobs import DeploymentState
 from deploy_pipeline.worker import WorkerConfig
 
 pytestmark = pytest.mark.docker
 
-IMAGE = "code-sessions/app:latest"
-INSTALLATION = "pipeline-tests"
-OURS = {"label": f"code-sessions.installation={INSTALLATION}"}
 
 FLASK = """
 import os, pathlib
@@ -37,38 +32,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"release %s")
 HTTPServer(("0.0.0.0", int(os.environ["PORT"])), Handler).serve_forever()
 """
-
-
-@pytest.fixture(scope="session")
-def engine():
-    client = docker.from_env()
-    with importlib.resources.as_file(importlib.resources.files("deploy_pipeline") / "images") as folder:
-        client.images.build(path=str(folder), dockerfile="Dockerfile.app", tag=IMAGE, rm=True)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-async def on_docker(redis, queue, gateway, tmp_path, engine):
-    config = WorkerConfig(
-        "docker", tmp_path, "http://{app}.localhost/", IMAGE, "", INSTALLATION, healthy_within_s=10, drain_s=1.2
-    )
-    async with running_worker(redis, config) as worker:
-        pipeline = Pipeline(queue, config, gateway)
-        pipeline.worker = worker
-        yield pipeline
-        for app in await queue.list_apps(ORG):
-            await worker.releases.remove_app(app.id)
-    assert engine.containers.list(all=True, filters=OURS) == []
-    assert engine.networks.list(filters=OURS) == []
-    assert images(engine) == set()
-
-
-def images(engine):
-    """Ids of the images that belong to these tests' applications; others may share the engine."""
-    return {
-        image.id for image in engine.images.list("code-sessions-apps/*", filters=dict(OURS))
-    }  # which docker-py adds to
 
 
 async def containers(engine):
@@ -152,10 +115,10 @@ async def test_a_build_that_is_given_up_is_ended_in_the_engine(redis, queue, gat
 
 async def test_the_gateways_container_is_joined_to_the_applications_network(redis, queue, gateway, tmp_path, engine):
     stand_in = await asyncio.to_thread(
-        engine.containers.run, IMAGE, ["sleep", "600"], detach=True, init=True, name="pipeline-tests-gateway"
+        engine.containers.run, IMAGE, ["sleep", "600"], detach=True, init=True, name=INSTALLATION
     )
     config = WorkerConfig(
-        "docker", tmp_path, "http://{app}.localhost/", IMAGE, "pipeline-tests-gateway", INSTALLATION, healthy_within_s=1
+        "docker", tmp_path, "http://{app}.localhost/", IMAGE, INSTALLATION, INSTALLATION, healthy_within_s=8
     )
     try:
         async with running_worker(redis, config) as worker:
@@ -163,10 +126,10 @@ async def test_the_gateways_container_is_joined_to_the_applications_network(redi
             pipeline = Pipeline(queue, config, gateway)
             deployment = await pipeline.submit({"main.py": SERVER % "one"})
             await pipeline.reached(deployment, DeploymentState.STARTING)
-            await asyncio.sleep(1)
             name = "code-sessions-" + deployment.id.replace("_", "-")
-            code, output = await asyncio.to_thread(stand_in.exec_run, ["curl", "-sS", f"http://{name}:8080/"])
-            assert (code, output) == (0, b"release one")
+            ask = ["curl", "-sS", "--retry", "20", "--retry-connrefused", "--retry-delay", "1", f"http://{name}:8080/"]
+            code, output = await asyncio.to_thread(stand_in.exec_run, ask)
+            assert (code, output.splitlines()[-1]) == (0, b"release one")  # after what curl says of its retries
             # This worker runs on the host, where the container's name means nothing: that is told, and undone.
             failed = await pipeline.settled(deployment)
             assert "did not answer" in failed.reason

@@ -5,6 +5,7 @@ import textwrap
 
 from conftest import ORG, Pipeline, children_of_release, is_gone, running_worker
 
+from deploy_pipeline.builders.base import BuildLimits
 from deploy_pipeline.builders.processes import MARK
 from deploy_pipeline.jobs import DeploymentState, Stage
 from deploy_pipeline.worker import WorkerConfig
@@ -260,7 +261,7 @@ async def test_what_a_crash_left_of_an_ended_deployment_is_cleared_away(local):
 
 
 async def test_a_build_that_takes_too_long_is_ended_with_all_that_it_started(local):
-    local.worker._runtime._build_timeout_s = 2
+    local.worker._runtime._build_limits = BuildLimits(timeout_s=2)
     escape = "(setsid sleep 1001 &) ; sleep 1002"
     files = {"Procfile": "web: x", "deploy.toml": f'build = "{escape}"'}
     done = await local.deploy(files)

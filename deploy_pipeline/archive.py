@@ -13,6 +13,8 @@ import time
 import unicodedata
 import zipfile
 import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -78,7 +80,7 @@ class ArchiveWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        digest = self._hash.hexdigest()
+        digest = self.sha256
         self._temporary.replace(self._folder / f"{digest}.zip")  # one that is there already has the same bytes
         folder = os.open(self._folder, os.O_RDONLY)
         try:
@@ -86,6 +88,16 @@ class ArchiveWriter:
         finally:
             os.close(folder)
         return digest, self._bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what was written."""
+        return self._bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written, in hexadecimal."""
+        return self._hash.hexdigest()
 
     def close_unnamed(self) -> Path:
         """End the writing without keeping it as an archive: the file, which is the caller's to remove."""
@@ -124,9 +136,28 @@ class ArchiveStore:
             ArchiveRefused: there is none with this hash.
         """
         path = self._folder / f"{sha256}.zip"
-        if _SHA256.fullmatch(sha256) is None or not path.is_file():
+        if not is_sha256(sha256) or not path.is_file():
             raise ArchiveRefused("The workspace's archive is no longer stored; deploy again.")
         return path
+
+    @asynccontextmanager
+    async def local(self, sha256: str) -> AsyncIterator[Path]:
+        """The archive as a file of this machine, meanwhile.
+
+        Raises:
+            ArchiveRefused: there is none with this hash, or it is not what it was.
+            ArchivesUnavailable: the store cannot be reached.
+        """
+        yield self.path(sha256)
+
+    async def remove(self, sha256: str) -> None:
+        """Forget an archive; already gone is success."""
+        if is_sha256(sha256):
+            await asyncio.to_thread((self._folder / f"{sha256}.zip").unlink, missing_ok=True)
+
+
+def is_sha256(text: str) -> bool:
+    return _SHA256.fullmatch(text) is not None
 
 
 def _remove_abandoned(folder: Path) -> None:

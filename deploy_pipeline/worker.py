@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import structlog
 from redis.exceptions import RedisError
 
-from deploy_pipeline.archive import ArchiveStore
+from deploy_pipeline.archive_s3 import open_archives
 from deploy_pipeline.builders.base import BuildLimits, BuildLog, Release, Runtime
 from deploy_pipeline.builders.docker import DockerRuntime
 from deploy_pipeline.builders.local import LocalRuntime
@@ -58,6 +58,8 @@ class WorkerConfig:
     healthy_within_s: float = HEALTHY_WITHIN_S
     drain_s: float = DRAIN_S
     lease_s: float = LEASE_S
+    archive_url: str = ""  # "s3://bucket/prefix" instead of the folder; see `open_archives`
+    archive_endpoint_url: str = ""
     build_allowed_hosts: frozenset[str] = frozenset()  # see BuildLimits
 
     @property
@@ -80,7 +82,7 @@ class Worker:
         self.releases = Releases(
             self._runtime,
             Routes(redis),
-            ArchiveStore(config.archives_dir),
+            open_archives(config.archives_dir, config.archive_url, config.archive_endpoint_url),
             config.apps_dir,
             healthy_within_s=config.healthy_within_s,
             drain_s=config.drain_s,

@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from deploy_pipeline.archive import ArchiveStore
+from deploy_pipeline.archive_s3 import open_archives
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
@@ -102,7 +102,7 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         hub = Hub(output, lambda: _store_identity(redis))
         lifecycle = SessionLifecycle(registry, runtime, hub, tasks, create_timeout_s=settings.create_timeout_s)
         terminals = Terminals(registry, hub, output)
-        archives = ArchiveStore(settings.data_dir.absolute() / "archives")
+        archives = open_archives(settings.archives_dir, settings.archive_url, settings.archive_endpoint_url)
         service = Deployments(
             registry,
             terminals,

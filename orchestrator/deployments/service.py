@@ -8,7 +8,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from deploy_pipeline.archive import ArchiveStore
-from deploy_pipeline.errors import ArchiveRefused, LostClaim
+from deploy_pipeline.errors import ArchiveRefused, ArchivesUnavailable, LostClaim
 from deploy_pipeline.jobs import App, Deployment, DeploymentState, Stage
 from deploy_pipeline.queue import LEASE_S, SWEEP_INTERVAL_S, Claim, DeploymentQueue
 from orchestrator.errors import AppNotFound, DeploymentNotFound, SessionEnded, TerminalUnavailable
@@ -164,7 +164,7 @@ class Deployments:
         try:
             async with asyncio.timeout(ARCHIVE_S):
                 sha256, size_bytes = await self._fetch(session)
-        except (RequestRefused, SessionEnded, TerminalUnavailable, ArchiveRefused) as error:
+        except (RequestRefused, SessionEnded, TerminalUnavailable, ArchiveRefused, ArchivesUnavailable) as error:
             await self._fail(claim, f"the workspace could not be archived: {getattr(error, 'detail', error)}")
         except TimeoutError:
             await self._fail(claim, f"the workspace could not be archived within {ARCHIVE_S:.0f} seconds")

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 from pathlib import Path
 from typing import Final
@@ -99,8 +100,11 @@ class BuildCache:
     def _keep(self, name: str, made: Path, inside: str) -> None:
         target = self._folder / name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(made, target / inside, symlinks=True)
-        (target / _COMPLETE).touch()
+        try:
+            shutil.copytree(made, target / inside, symlinks=True, ignore=_special_files)
+            (target / _COMPLETE).touch()
+        except OSError:  # a full disk, or files that the build closed to us: the release itself is as good without
+            shutil.rmtree(target, ignore_errors=True)
 
     def _dependencies(self, tool: str) -> str:
         if tool not in self._early:
@@ -110,6 +114,15 @@ class BuildCache:
         program = sys.executable if tool == "pip" else os.path.realpath(shutil.which("node") or "")
         seen = Path(program).stat().st_mtime_ns if program else 0
         return _hash(_VERSION, step, names, contents, program, seen, sys.version)
+
+
+def _special_files(folder: str, names: list[str]) -> list[str]:
+    """Sockets and pipes, which a build may leave behind and nobody can copy."""
+    return [name for name in names if not _is_plain(os.lstat(os.path.join(folder, name)).st_mode)]  # noqa: PTH118
+
+
+def _is_plain(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
 
 
 def prune(app_folder: Path, *, without: str) -> None:

@@ -138,3 +138,14 @@ async def test_what_a_dockerignore_names_is_still_served_by_another_kind_of_proj
     done = await on_docker.deploy({"index.html": "page", "a.txt": "a", ".dockerignore": "*.txt\n", ".deployignore": ""})
     assert await on_docker.fetch(done, "/a.txt") == (200, "a")
     assert (await on_docker.fetch(done, "/.code-sessions.Dockerfile"))[0] == 404
+
+
+async def test_unchanged_dependencies_are_not_installed_again(on_docker):
+    files = {"main.py": SERVER % "one", "requirements.txt": "itsdangerous\n"}
+    first = await on_docker.deploy(files)
+    assert (first.state, first.reason) == (DeploymentState.RUNNING, "")
+    second = await on_docker.deploy(files | {"main.py": SERVER % "two"})
+    assert second.state is DeploymentState.RUNNING
+    [install] = [number for number, line in enumerate(second.log_tail) if '"pip", "install"' in line]
+    assert second.log_tail[install + 1].strip() == "---> Using cache"
+    assert not any("Successfully installed" in line for line in second.log_tail)

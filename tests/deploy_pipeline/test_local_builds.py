@@ -106,3 +106,13 @@ async def test_a_greedy_build_is_ended_with_its_reason_and_the_old_release_serve
         assert children_of_release(failed.id) == []
         assert not local.folder(failed).exists()
     await answers(local, serving, "old False")
+
+
+async def test_a_pipe_that_a_build_leaves_behind_is_no_reason_to_fail_or_to_build_again(local):
+    files = built_with("mkfifo left-behind; echo made > made")
+    first = await local.deploy(files)
+    assert (first.state, first.reason) == (DeploymentState.RUNNING, "")
+    again = await local.deploy(files)
+    assert any("used again" in line for line in again.log_tail)
+    assert (local.folder(again) / "src/made").exists()
+    assert not (local.folder(again) / "src/left-behind").exists()

@@ -16,11 +16,14 @@ from deploy_pipeline.archive_s3 import open_archives
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
-from orchestrator.api import deployments, previews, sessions, terminal
+from orchestrator.access.tickets import TicketStore
+from orchestrator.api import attach, output_stream, previews, recording, sessions, terminal, tickets
+from orchestrator.api import deployments as deployments_api
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
 from orchestrator.api.keys import DEPLOYMENTS, LIFECYCLE, PREVIEWS, REGISTRY, SETTINGS, TERMINALS
+from orchestrator.api.live import setup_live
 from orchestrator.api.problems import setup_problems
 from orchestrator.api.runner import ProblemAppRunner
 from orchestrator.deployments.previews import Previews
@@ -31,10 +34,12 @@ from orchestrator.sessions.lifecycle import SessionLifecycle
 from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.sessions.terminals import Terminals
 from orchestrator.settings import RuntimeKind, Settings, SettingsError
-from orchestrator.store.connection import StoreClient, connect
+from orchestrator.store.bus import Bus
+from orchestrator.store.connection import StoreClient, connect, store_identity
 from orchestrator.store.embedded import EmbeddedValkey
 from orchestrator.store.folders import private_folder
 from orchestrator.tasks import TaskOwner
+from orchestrator.terminal.directory import LinkDirectory
 from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link_endpoint import LinkEndpoint
 from orchestrator.terminal.output_store import OutputStore
@@ -87,6 +92,35 @@ async def installation_id(redis: StoreClient) -> str:
     return stored.decode()
 
 
+@dataclass(frozen=True, slots=True)
+class _Services:
+    output: OutputStore
+    bus: Bus
+    hub: Hub
+    registry: SessionRegistry
+    lifecycle: SessionLifecycle
+    terminals: Terminals
+    deployments: Deployments
+    previews: Previews
+
+
+def _services(settings: Settings, redis: StoreClient, runtime: WorkspaceRuntime, tasks: TaskOwner) -> _Services:
+    replica_id = secrets.token_hex(8)
+    output = OutputStore(
+        redis, retention_bytes=settings.output_retention_bytes, retention_days=settings.output_retention_days
+    )
+    registry = SessionRegistry(redis)
+    bus = Bus(redis)
+    hub = Hub(output, bus, LinkDirectory(redis, replica_id), tasks, lambda: store_identity(redis))
+    lifecycle = SessionLifecycle(registry, runtime, hub, output, tasks, create_timeout_s=settings.create_timeout_s)
+    terminals = Terminals(registry, hub, output)
+    archives = open_archives(settings.archives_dir, settings.archive_url, settings.archive_endpoint_url)
+    consumer = f"control-plane-{replica_id}"
+    deployments = Deployments(registry, terminals, DeploymentQueue(redis), archives, consumer=consumer)
+    previews_of = Previews(registry, terminals, archives, settings.runtime)
+    return _Services(output, bus, hub, registry, lifecycle, terminals, deployments, previews_of)
+
+
 @asynccontextmanager
 async def control_plane(settings: Settings, redis: StoreClient, listener: socket.socket) -> AsyncIterator[ControlPlane]:
     """The REST API on `listener` and the sidecars' link; everything is ended in order on the way out."""
@@ -97,51 +131,39 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         runtime = make_runtime(settings, await installation_id(redis))
         stack.push_async_callback(runtime.close)
         tasks = TaskOwner()
-        output = OutputStore(redis, retention_bytes=settings.output_retention_bytes)
-        registry = SessionRegistry(redis)
-        hub = Hub(output, lambda: _store_identity(redis))
-        lifecycle = SessionLifecycle(registry, runtime, hub, tasks, create_timeout_s=settings.create_timeout_s)
-        terminals = Terminals(registry, hub, output)
-        archives = open_archives(settings.archives_dir, settings.archive_url, settings.archive_endpoint_url)
-        service = Deployments(
-            registry,
-            terminals,
-            DeploymentQueue(redis),
-            archives,
-            consumer=f"control-plane-{secrets.token_hex(4)}",
-        )
-
+        services = _services(settings, redis, runtime, tasks)
+        hub, lifecycle = services.hub, services.lifecycle
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        app[SETTINGS], app[REGISTRY], app[LIFECYCLE], app[TERMINALS] = settings, registry, lifecycle, terminals
-        app[DEPLOYMENTS] = service
-        app[PREVIEWS] = Previews(registry, terminals, archives, settings.runtime)
+        app[SETTINGS], app[REGISTRY], app[LIFECYCLE] = settings, services.registry, lifecycle
+        app[TERMINALS], app[DEPLOYMENTS] = services.terminals, services.deployments
+        app[PREVIEWS] = services.previews
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
-        for module in (sessions, terminal, deployments, previews):
+        setup_live(app)
+        app[tickets.TICKETS] = TicketStore(redis)
+        for module in (sessions, terminal, output_stream, tickets, attach, recording, deployments_api, previews):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 
         endpoint = LinkEndpoint(
             hub,
-            output,
+            services.output,
             authenticate=lifecycle.authenticate_link,
             on_linked=lifecycle.on_linked,
             on_appended=lifecycle.on_appended,
             on_lost=lifecycle.on_link_lost,
         )
+        tasks.keep(services.bus.run, name="bus")
+        await hub.relay.start()
         await stack.enter_async_context(_link_listener(settings, endpoint))
         stack.push_async_callback(tasks.close)
         stack.push_async_callback(hub.close)
         await stack.enter_async_context(_api_listener(listener, app))
         tasks.keep(lifecycle.reconcile_forever, name="reconcile")
         tasks.keep(hub.watch_store, name="watch store")
-        tasks.keep(service.archive_forever, name="archive")
-        tasks.keep(service.sweep_forever, name="sweep deployments")
+        tasks.keep(services.deployments.archive_forever, name="archive")
+        tasks.keep(services.deployments.sweep_forever, name="sweep deployments")
         yield ControlPlane(first_key)
-
-
-async def _store_identity(redis: StoreClient) -> str:
-    return str((await redis.info("server"))["run_id"])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,6 +4,7 @@ OrchestratorError
   InvalidRequest            400 invalid-request
   Unauthenticated           401 unauthenticated
   InsufficientScope         403 insufficient-scope
+  OriginNotAllowed          403 origin-not-allowed
   NotFound                  404 not-found
     SessionNotFound             session-not-found
     AppNotFound                 app-not-found
@@ -18,6 +19,7 @@ OrchestratorError
     TerminalNotReading          terminal-not-reading
     IdempotencyKeyReused        idempotency-key-reused
     WorkspaceNotArchivable      workspace-not-archivable
+  UpgradeRequired           426 upgrade-required
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
     StoreUnavailable            store-unavailable
@@ -56,6 +58,10 @@ class Unauthenticated(OrchestratorError):
 
 class InsufficientScope(OrchestratorError):
     status, code, title = 403, "insufficient-scope", "The API key lacks a scope"
+
+
+class OriginNotAllowed(OrchestratorError):
+    status, code, title = 403, "origin-not-allowed", "The page's origin is not allowed"
 
 
 class NotFound(OrchestratorError):
@@ -112,6 +118,10 @@ class IdempotencyKeyReused(Conflict):
 
 class WorkspaceNotArchivable(Conflict):
     code, title = "workspace-not-archivable", "The workspace's files cannot be archived"
+
+
+class UpgradeRequired(OrchestratorError):
+    status, code, title = 426, "upgrade-required", "A WebSocket is served here"
 
 
 class RateLimited(OrchestratorError):

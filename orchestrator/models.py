@@ -40,6 +40,7 @@ class Session:
     updated_at_ms: int
     link_token_sha256: str
     status_reason: str = ""
+    output_policy: str = "block"  # see `OutputPolicy` of the sidecars' protocol
     # Somebody asked for its end, or it failed: nothing new is begun, and `completed` or `failed` follows when all of
     # the workspace is gone, whoever has to finish it.
     ending_as: SessionStatus | None = None

@@ -42,11 +42,13 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     public_url: str = ""
+    allowed_origins: str = ""  # of pages that may attach to terminals, comma separated, besides our own
     data_dir: Path = Field(default_factory=lambda: Path(user_data_dir("code-sessions")))
     redis_url: str = ""
     runtime: RuntimeKind = RuntimeKind.LOCAL
     rate_limit_per_minute: Annotated[int, Field(ge=0)] = 600
     output_retention_bytes: Annotated[int, Field(ge=65536)] = 64 * 1024 * 1024
+    output_retention_days: Annotated[float, Field(ge=0)] = 30  # after a session's end; 0: for ever
     admin_key: Annotated[SecretStr, Field(min_length=32)] | None = None
 
     gateway_host: str = "127.0.0.1"
@@ -96,6 +98,13 @@ class Settings(BaseSettings):
     def origin(self) -> str:
         """The API's origin as clients see it, without a final slash."""
         return (self.public_url or f"http://{_in_url(self.host)}:{self.port}").rstrip("/")
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """What a browser may say as `Origin` of pages that attach to terminals."""
+        own = urlsplit(self.origin)
+        named = (origin.strip().rstrip("/") for origin in self.allowed_origins.split(","))
+        return frozenset({f"{own.scheme}://{own.netloc}", *(origin for origin in named if origin)})
 
     @property
     def app_url_template(self) -> str:
@@ -157,4 +166,8 @@ def load_settings(**overrides: object) -> Settings:
         )
     if settings.archive_url and importlib.util.find_spec("boto3") is None:
         raise SettingsError("CODE_SESSIONS_ARCHIVE_URL: archives in a bucket need boto3: install code-sessions[s3]")
+    for origin in settings.origins:
+        parts = urlsplit(origin)
+        if not parts.netloc or parts.path or parts.query:
+            raise SettingsError(f"CODE_SESSIONS_ALLOWED_ORIGINS: not an origin such as https://example.com: {origin}")
     return settings

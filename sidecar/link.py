@@ -19,6 +19,7 @@ from sidecar.protocol import (
     VERSION,
     Binary,
     JsonObject,
+    OutputPolicy,
     ProtocolError,
     decode_input,
     decode_json,
@@ -34,9 +35,10 @@ from sidecar.workspace import ArchiveStream
 _BACKOFF_FIRST_S, _BACKOFF_MAX_S = 0.05, 2.0
 _HANDSHAKE_S: Final = 10.0
 _GONE: Final = 410  # the session has ended: nobody will ever ask for this sidecar again
-# Up to two batches go out at once whatever their size (a keystroke's echo does not wait), more only when they are
-# large: so a flood of small reads becomes few large chunks instead of many small ones.
-_EAGER_BATCHES, _MAX_BATCHES = 2, 8
+# A few batches go out at once whatever their size (a keystroke's echo does not wait), more only when they are large: so
+# a flood of small reads becomes few large chunks instead of many small ones. The control plane puts an acknowledgement
+# off for fewer batches than that.
+_EAGER_BATCHES, _MAX_BATCHES = 4, 8
 _LARGE_BYTES: Final = 64 * 1024
 
 
@@ -125,13 +127,13 @@ class Link:
                 welcome = decode_json(await _receive_text(socket))
             if welcome["t"] != "welcome" or integer(welcome, "v") != VERSION:
                 raise ProtocolError(f"no welcome of version {VERSION}")
+            self._log.drop_oldest = welcome.get("outputPolicy") == OutputPolicy.DROP_OLDEST
             self._log.resume(integer(welcome, "resumeAfter"))
             self._batches.clear()
             self._socket, self._welcomed = socket, True
             self._terminal.room()
             self.pump()
-            while True:
-                self._dispatch(socket, await socket.receive())
+            await socket.receive_all(lambda message: self._dispatch(socket, message))
         finally:
             self._socket, self._welcomed = None, False
             heartbeat.cancel()
@@ -167,7 +169,7 @@ class Link:
         if socket is None or not self._welcomed:
             return
         while len(self._batches) < _EAGER_BATCHES or (
-            len(self._batches) < _MAX_BATCHES and self._log.waiting_bytes >= _LARGE_BYTES
+            len(self._batches) < _MAX_BATCHES and (self._log.waiting_bytes >= _LARGE_BYTES or not self._log.sent_all)
         ):
             batch = self._log.take_batch()
             if not batch:
@@ -243,8 +245,8 @@ class Link:
         if name == "start":
             return {"seq": self._terminal.start(args.get("cols"), args.get("rows"))}
         if name == "resize":
-            self._terminal.resize(integer(args, "cols"), integer(args, "rows"))
-        elif name == "signal":
+            return {"seq": self._terminal.resize(integer(args, "cols"), integer(args, "rows"))}
+        if name == "signal":
             self._terminal.signal(str(args.get("signal")))
         elif name == "archive":
             return await self._send_archive(socket, integer(request, "id"), None)

@@ -5,7 +5,8 @@ No I/O in here: bytes and records go in, records come out, so that the numbering
 - Bytes wait unnumbered until somebody can take them, so that a flood makes large chunks and a keystroke a small one.
 - A record never changes once it is numbered, and is kept until it is acknowledged as durably appended.
 - Of the acknowledged ones the last `ring_bytes` are kept, to heal a store that lost its last moments.
-- What is not acknowledged is bounded by `window_bytes`: when `full`, the PTY is not to be read and its program blocks.
+- What is not acknowledged is bounded by `window_bytes`. When that is `full`, the PTY is not to be read and its program
+  blocks; with `drop_oldest` the oldest bytes without a number go instead, and a GAP record says how many.
 """
 
 import time
@@ -26,6 +27,10 @@ class ResumeImpossible(Exception):
     """The store stands before the oldest record that is still kept, or beyond the newest."""
 
 
+def _cost(record: Record) -> int:
+    return len(record.data) + _RECORD_COST_BYTES
+
+
 class OutputLog:
     def __init__(
         self,
@@ -38,11 +43,13 @@ class OutputLog:
         self._records: deque[Record] = deque()  # acknowledged ones, then the others
         self._kept_bytes = 0
         self._unacknowledged_bytes = 0
-        self._waiting = bytearray()  # output without a number yet
-        self._waiting_since_ms = 0
+        self._waiting: deque[tuple[int, bytearray]] = deque()  # output without a number yet, with its time
+        self._waiting_cost = 0
+        self._dropped_bytes = 0  # of what waited before the oldest that waits now
         self._next_seq = 1
         self._offset = 0
         self._time_ms = 0
+        self.drop_oldest = False
         self.acknowledged_seq = 0
         self.sent_seq = 0
 
@@ -58,25 +65,39 @@ class OutputLog:
     @property
     def full(self) -> bool:
         """No more output should be read until something is acknowledged."""
-        return self._unacknowledged_bytes + len(self._waiting) >= self._window_bytes
+        return not self.drop_oldest and self._held_bytes >= self._window_bytes
+
+    @property
+    def _held_bytes(self) -> int:
+        return self._unacknowledged_bytes + self._waiting_cost
 
     @property
     def waiting_bytes(self) -> int:
-        return len(self._waiting)
+        """About how many bytes have no number yet."""
+        return self._waiting_cost
+
+    @property
+    def sent_all(self) -> bool:
+        """Every record that has a number was taken by `take_batch`."""
+        return self.sent_seq == self.last_seq
 
     @property
     def drained(self) -> bool:
         """Everything that came in was acknowledged."""
-        return not self._waiting and self.acknowledged_seq == self.last_seq
+        return not self._waiting and not self._dropped_bytes and self.acknowledged_seq == self.last_seq
 
     def write(self, data: bytes) -> None:
         """Take in output of the terminal, as read."""
         now_ms = self._clock_ms()
-        if self._waiting and now_ms - self._waiting_since_ms >= CHUNK_SPAN_MS:
-            self._number_waiting(final=False)
-        if not self._waiting:
-            self._waiting_since_ms = now_ms
-        self._waiting += data
+        # A clock that was set back makes a piece of its own, too.
+        if self._waiting and 0 <= now_ms - self._waiting[-1][0] < CHUNK_SPAN_MS:
+            self._waiting[-1][1].extend(data)
+        else:
+            self._waiting.append((now_ms, bytearray(data)))
+            self._waiting_cost += _RECORD_COST_BYTES
+        self._waiting_cost += len(data)
+        if self.drop_oldest:
+            self._drop()
 
     def note(self, kind: RecordKind, facts: JsonObject) -> int:
         """Number a record that is no output, after all output so far; its seq.
@@ -89,11 +110,12 @@ class OutputLog:
 
     def take_batch(self, *, max_bytes: int = BATCH_BYTES) -> list[Record]:
         """The next records to send, numbering what waits; at most about `max_bytes`. Empty: there is nothing."""
-        if self.sent_seq == self.last_seq:
-            self._number_waiting(final=False)
+        if self.sent_all:
+            self._number_waiting(final=False, max_bytes=max_bytes)
         batch: list[Record] = []
         size = 0
-        for record in self._from(self.sent_seq + 1):
+        for index in range(self._records_after(self.sent_seq), 0):
+            record = self._records[index]
             if batch and size + len(record.data) > max_bytes:
                 break
             batch.append(record)
@@ -103,17 +125,21 @@ class OutputLog:
         return batch
 
     def acknowledge(self, seq: int) -> None:
-        """Everything up to `seq` is durably appended."""
+        """Everything up to `seq` is durably appended.
+
+        Raises:
+            ResumeImpossible: there is no such record yet.
+        """
         if seq > self.last_seq:
             raise ResumeImpossible(f"acknowledged {seq}, but there are only {self.last_seq}")
         self.sent_seq = max(self.sent_seq, seq)  # sent before a resume that crossed the acknowledgement
-        for record in self._from(self.acknowledged_seq + 1):
-            if record.seq > seq:
+        for index in range(self._records_after(self.acknowledged_seq), 0):
+            if self._records[index].seq > seq:
                 break
-            self._unacknowledged_bytes -= len(record.data) + _RECORD_COST_BYTES
+            self._unacknowledged_bytes -= _cost(self._records[index])
         self.acknowledged_seq = max(self.acknowledged_seq, seq)
         while self._records and self._records[0].seq <= self.acknowledged_seq and self._kept_bytes > self._kept_limit():
-            self._kept_bytes -= len(self._records.popleft().data) + _RECORD_COST_BYTES
+            self._kept_bytes -= _cost(self._records.popleft())
 
     def _kept_limit(self) -> int:
         return self._ring_bytes + self._unacknowledged_bytes
@@ -128,24 +154,54 @@ class OutputLog:
             raise ResumeImpossible(f"the store stands at {after}, kept are {self.first_seq} to {self.last_seq}")
         self.acknowledged_seq = after
         self.sent_seq = after
-        self._unacknowledged_bytes = sum(len(record.data) + _RECORD_COST_BYTES for record in self._from(after + 1))
+        indexes = range(self._records_after(after), 0)
+        self._unacknowledged_bytes = sum(_cost(self._records[index]) for index in indexes)
 
-    def _from(self, seq: int) -> list[Record]:
-        if not self._records or seq > self.last_seq:
-            return []
-        skip = max(0, seq - self._records[0].seq)
-        # From the right: what is asked for is at the end, and a deque is slow in its middle.
-        return [self._records[index] for index in range(skip - len(self._records), 0)]
+    def _records_after(self, seq: int) -> int:
+        """Where the records after `seq` begin, counted from the right: a deque is slow in its middle."""
+        return max(seq - self.last_seq, -len(self._records))
 
-    def _number_waiting(self, *, final: bool) -> None:
-        while self._waiting:
-            piece = bytes(self._waiting[:MAX_CHUNK_BYTES])
-            if not (final and len(piece) == len(self._waiting)):
+    def _drop(self) -> None:
+        """Make room for new output by giving up the oldest that has no number."""
+        while self._waiting and (excess := self._held_bytes - self._window_bytes) > 0:
+            _, oldest = self._waiting[0]
+            dropped = min(excess, len(oldest))
+            # Not in the middle of a character (RFC 3629: bytes 10xxxxxx continue one).
+            while dropped < len(oldest) and oldest[dropped] & 0xC0 == 0x80:  # noqa: PLR2004
+                dropped += 1
+            del oldest[:dropped]
+            self._dropped_bytes += dropped
+            self._waiting_cost -= dropped
+            if not oldest:
+                self._waiting.popleft()
+                self._waiting_cost -= _RECORD_COST_BYTES
+
+    def _number_waiting(self, *, final: bool, max_bytes: int | None = None) -> None:
+        if self._dropped_bytes:
+            self._append(RecordKind.GAP, encode_json({"droppedBytes": self._dropped_bytes}).encode(), self._clock_ms())
+            self._offset += self._dropped_bytes
+            self._dropped_bytes = 0
+        numbered = 0
+        while self._waiting and (max_bytes is None or numbered < max_bytes):
+            time_ms, waiting = self._waiting[0]
+            with memoryview(waiting) as view:
+                piece = bytes(view[:MAX_CHUNK_BYTES])
+            alone = len(self._waiting) == 1
+            if not (final and alone and len(piece) == len(waiting)):
                 piece = piece[: complete_utf8(piece)]
-            if not piece:
-                return
-            del self._waiting[: len(piece)]
-            self._append(RecordKind.OUTPUT, piece, self._waiting_since_ms)
+            if not piece and waiting:  # the beginning of a character only
+                if alone:
+                    return
+                self._waiting[1][1][:0] = waiting
+                waiting.clear()
+            del waiting[: len(piece)]
+            self._waiting_cost -= len(piece)
+            if not waiting:
+                self._waiting.popleft()
+                self._waiting_cost -= _RECORD_COST_BYTES
+            if piece:
+                self._append(RecordKind.OUTPUT, piece, time_ms)
+                numbered += len(piece)
 
     def _append(self, kind: RecordKind, data: bytes, time_ms: int) -> None:
         self._time_ms = max(self._time_ms, time_ms)  # never backwards, whatever the clock does
@@ -153,5 +209,5 @@ class OutputLog:
         self._records.append(record)
         self._next_seq += 1
         self._offset += record.output_bytes
-        self._kept_bytes += len(data) + _RECORD_COST_BYTES
-        self._unacknowledged_bytes += len(data) + _RECORD_COST_BYTES
+        self._kept_bytes += _cost(record)
+        self._unacknowledged_bytes += _cost(record)

@@ -11,7 +11,7 @@ sidecar -> control plane
   error    {id, code, detail}             refusal of a request
   STREAM   bytes of a stream that a request opened; `streamEnd` {id, ...facts} or `error` ends it
 control plane -> sidecar
-  welcome  {v, resumeAfter}               the store stands at this seq: send on from resumeAfter + 1
+  welcome  {v, resumeAfter, outputPolicy} the store stands at this seq: send on from resumeAfter + 1
   resume   {after}                        the same, in the middle of a link (the store lost its last moments)
   ack      {seq}                          durably appended up to here
   INPUT    id, idempotency key, bytes for the terminal; answered with {id, bytes} after the write
@@ -24,7 +24,7 @@ import codecs
 import json
 import struct
 from collections.abc import Iterable, Iterator
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any, Final, NamedTuple, TypeAlias
 
 VERSION: Final = 1
@@ -36,6 +36,13 @@ STREAM_CREDIT_BYTES: Final = 1024 * 1024  # what a sender of a stream may send b
 HEARTBEAT_S: Final = 10.0  # each side pings this often, and gives the other up after three of them
 
 JsonObject: TypeAlias = dict[str, Any]
+
+
+class OutputPolicy(StrEnum):
+    """What happens when a workspace holds as much output as it may and cannot hand it on."""
+
+    BLOCK = "block"  # the program waits
+    DROP_OLDEST = "drop-oldest"  # the oldest is dropped, and a GAP record says how much
 
 
 class ProtocolError(Exception):
@@ -55,15 +62,18 @@ class RecordKind(IntEnum):
 
     OUTPUT = 0  # bytes from the PTY
     START = 1  # {"cols", "rows"}: a shell was started
-    EXIT = 2  # {"exitCode"} or {"signal"}, {"ptyHeldOpen": true} when a descendant still had the PTY open
+    # {"exitCode"} or {"signal"}, {"ptyHeldOpen": true} when a descendant still had the PTY open; or, put there by the
+    # control plane when the workspace ended without telling, {"lost": reason}
+    EXIT = 2
     RESIZE = 3  # {"cols", "rows"}
+    GAP = 4  # {"droppedBytes"}: so much output was dropped here, by the session's own output policy
 
 
 class Record(NamedTuple):
     """One numbered record. It never changes once it has its `seq`."""
 
     seq: int  # 1, 2, 3, ... for the life of the session
-    offset: int  # bytes of OUTPUT before this record
+    offset: int  # bytes that the terminal had put out before this record, dropped ones included
     time_ms: int  # Unix time
     kind: RecordKind
     data: bytes

@@ -202,17 +202,20 @@ class Terminal:
                         writtenBytes=progress.written,
                     ) from None
 
-    def resize(self, cols: int, rows: int) -> None:
-        """
+    def resize(self, cols: int, rows: int) -> int:
+        """The seq of the record that says so; 0 when that was its size already.
+
         Raises:
             Refused: `terminal-exited`, or `invalid-size`.
         """
         size = _checked_size(cols, rows)
         self._running_pty().resize(*size)
-        if size != self._size:
-            self._size = size
-            self._log.note(RecordKind.RESIZE, {"cols": cols, "rows": rows})
-            self.on_output()
+        if size == self._size:
+            return 0
+        self._size = size
+        seq = self._log.note(RecordKind.RESIZE, {"cols": cols, "rows": rows})
+        self.on_output()
+        return seq
 
     def signal(self, name: str) -> None:
         """

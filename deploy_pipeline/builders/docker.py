@@ -144,8 +144,10 @@ class DockerRuntime(Runtime):
 
     async def running(self) -> set[tuple[str, str]]:
         def find() -> set[tuple[str, str]]:
-            containers = self._engine.containers.list(all=True, filters={"label": self._ours()}, ignore_removed=True)
-            return {(item.labels.get(_APP, ""), item.labels.get(_DEPLOYMENT, "")) for item in containers}
+            # Workspaces carry the installation's label, too.
+            filters: Any = {"label": [self._ours(), _APP, _DEPLOYMENT]}
+            containers = self._engine.containers.list(all=True, filters=filters, ignore_removed=True)
+            return {(item.labels[_APP], item.labels[_DEPLOYMENT]) for item in containers}
 
         return await self._call(find)
 

@@ -181,7 +181,12 @@ def kill_release(deployment_id: str, leader: int = 0, *, grace_s: float = STOP_G
     """SIGTERM to every process of a release, SIGKILL after `grace_s`; returns when none is left. Blocking.
 
     `leader` is the id of a session that belongs to it, when known.
+
+    Raises:
+        ValueError: no deployment is named. Every process without a mark has the empty one, the whole machine that is.
     """
+    if not deployment_id:
+        raise ValueError("no deployment is named")
 
     def members() -> list[psutil.Process]:
         return marked(lambda mark: mark == deployment_id, leader)

@@ -1,10 +1,10 @@
 """API keys: their records in the store, and who a secret belongs to.
 
-In the store (times in ms since 1970):
-  cs:key:<key id>        hash, the fields of `ApiKey` and `secret_hash`
-  cs:keys                sorted set of all key ids by creation
-  cs:keys:<org id>       the same for one organization
-  cs:keys:first          id of the operator's first key
+In the store (times in ms since 1970; one hash tag, so that a cluster has them together):
+  cs:{keys}:key:<key id> hash, the fields of `ApiKey` and `secret_hash`
+  cs:{keys}              sorted set of all key ids by creation
+  cs:{keys}:<org id>     the same for one organization
+  cs:{keys}:first        id of the operator's first key
 """
 
 import hmac
@@ -31,11 +31,11 @@ _CACHE_S: Final = 0.9
 _CACHED_KEYS: Final = 10_000
 _CACHED_REFUSALS: Final = 1_000
 _LAST_USED_EVERY_MS: Final = 60_000
-_ALL: Final = "cs:keys"
-_FIRST: Final = "cs:keys:first"
+_ALL: Final = "cs:{keys}"
+_FIRST: Final = "cs:{keys}:first"
 
 # Two replicas that start at once must agree on one first key, and a changed admin key must end the old one, all in one
-# step. KEYS: cs:keys:first, cs:keys; ARGV: "generated" or "given", now, then the new record's fields and values.
+# step. KEYS: cs:{keys}:first, cs:{keys}; ARGV: "generated" or "given", now, then the new record's fields and values.
 # Returns 1 when the new record became the first key.
 _ENSURE_FIRST: Final = """
 local record = {}
@@ -43,13 +43,13 @@ for i = 3, #ARGV, 2 do record[ARGV[i]] = ARGV[i + 1] end
 local first = redis.call('GET', KEYS[1])
 if first then
   if first == record.id then return 1 end -- this very call, repeated after a lost connection
-  local old = 'cs:key:' .. first
+  local old = 'cs:{keys}:key:' .. first
   if ARGV[1] == 'generated' or redis.call('HGET', old, 'secret_hash') == record.secret_hash then return 0 end
   record.user_id = redis.call('HGET', old, 'user_id')
   record.organization_id = redis.call('HGET', old, 'organization_id')
   redis.call('HSETNX', old, 'revoked_at', ARGV[2])
 end
-for field, value in pairs(record) do redis.call('HSET', 'cs:key:' .. record.id, field, value) end
+for field, value in pairs(record) do redis.call('HSET', 'cs:{keys}:key:' .. record.id, field, value) end
 redis.call('ZADD', KEYS[2], ARGV[2], record.id)
 redis.call('ZADD', KEYS[2] .. ':' .. record.organization_id, ARGV[2], record.id)
 redis.call('SET', KEYS[1], record.id)
@@ -137,7 +137,7 @@ class KeyStore:
         )
         _check(key)
         async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(f"cs:key:{key_id}", mapping=cast("Any", _fields(key, secrets.digest(secret))))
+            pipeline.hset(f"cs:{{keys}}:key:{key_id}", mapping=cast("Any", _fields(key, secrets.digest(secret))))
             for index in (_ALL, f"{_ALL}:{key.organization_id}"):
                 pipeline.zadd(index, {key_id: key.created_at_ms})
             await pipeline.execute()
@@ -173,7 +173,7 @@ class KeyStore:
         key_ids: list[bytes] = cast("Any", await self._redis.zrevrange(index, 0, -1))
         async with self._redis.pipeline(transaction=False) as pipeline:
             for key_id in key_ids:
-                pipeline.hgetall(b"cs:key:" + key_id)
+                pipeline.hgetall(b"cs:{keys}:key:" + key_id)
             found = await pipeline.execute()
         return [_record(fields).key for fields in found if fields]
 
@@ -196,7 +196,7 @@ class KeyStore:
         """
         key = await self.get(organization_id, key_id)
         if key.revoked_at_ms is None:
-            await self._redis.hsetnx(f"cs:key:{key_id}", "revoked_at", _now_ms())
+            await self._redis.hsetnx(f"cs:{{keys}}:key:{key_id}", "revoked_at", _now_ms())
             self._forget()
         return await self.get(organization_id, key_id)
 
@@ -257,14 +257,14 @@ class KeyStore:
     async def _fetch(self, key_id: str) -> _Record | None:
         if not is_id(key_id, "key"):
             return None
-        fields = await cast("Any", self._redis.hgetall(f"cs:key:{key_id}"))
+        fields = await cast("Any", self._redis.hgetall(f"cs:{{keys}}:key:{key_id}"))
         return _record(fields) if fields else None
 
     async def _note_use(self, key: ApiKey) -> ApiKey:
         now_ms = _now_ms()
         if key.refused(now_ms) is not None or now_ms - (key.last_used_at_ms or 0) < _LAST_USED_EVERY_MS:
             return key
-        await cast("Any", self._redis.hset(f"cs:key:{key.id}", "last_used_at", str(now_ms)))
+        await cast("Any", self._redis.hset(f"cs:{{keys}}:key:{key.id}", "last_used_at", str(now_ms)))
         return replace(key, last_used_at_ms=now_ms)
 
     def _forget(self) -> None:

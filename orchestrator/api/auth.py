@@ -62,13 +62,18 @@ async def authenticate(request: web.Request) -> ApiKey:
         RateLimited: the key's requests of this minute are used up.
     """
     key = await request.app[KEYS].authenticate(_secret(request))
-    request[_CALLER] = key
+    act_as(request, key)
     rate = await request.app[RATE_LIMITER].hit(key)
     if rate is not None:
         request[_RATE] = rate
         if not rate.allowed:
             raise rate.exceeded()
     return key
+
+
+def act_as(request: web.Request, key: ApiKey) -> None:
+    """From here on the request is this key's."""
+    request[_CALLER] = key
 
 
 def caller(request: web.Request) -> ApiKey:

@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError, ValidationInfo, field_validator
 from pydantic.alias_generators import to_camel
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
 from orchestrator.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 
@@ -110,7 +110,7 @@ def json_response(
     if isinstance(content, BaseModel):
         body = content.model_dump_json(by_alias=True).encode()
     else:
-        body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        body = to_json(content, inf_nan_mode="constants")
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 

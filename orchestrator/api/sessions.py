@@ -11,6 +11,7 @@ from orchestrator.api.auth import require_scope
 from orchestrator.api.body import ApiModel, QueryModel, json_response, query, read_body, timestamp
 from orchestrator.api.keys import LIFECYCLE, REGISTRY, SETTINGS, TERMINALS
 from orchestrator.models import Session, SessionStatus, TerminalState
+from sidecar.protocol import OutputPolicy
 
 
 def _plain(value: str, *, allowed: str = "") -> str:
@@ -22,6 +23,8 @@ def _plain(value: str, *, allowed: str = "") -> str:
 class CreateRequest(ApiModel):
     project_name: Annotated[str, StringConstraints(min_length=1, max_length=100)]
     project_description: Annotated[str, StringConstraints(max_length=2000)]
+
+    output_policy: OutputPolicy = OutputPolicy.BLOCK
 
     @field_validator("project_name")
     @classmethod
@@ -51,6 +54,7 @@ def session_object(session: Session, terminal: TerminalState | None, origin: str
         "status": session.status,
         "workspaceId": session.workspace_id,
         "ptyEndpoint": f"{origin}/pty/{session.id}",
+        "outputPolicy": session.output_policy,
         "userId": session.user_id,
         "organizationId": session.organization_id,
         "createdAt": timestamp(session.created_at_ms),
@@ -75,6 +79,7 @@ async def create_session(request: web.Request) -> web.Response:
         user_id=caller.user_id,
         name=body.project_name,
         description=body.project_description,
+        output_policy=body.output_policy,
     )
     answer = {"sessionId": session.id, "workspaceId": session.workspace_id, "status": session.status}
     return json_response(answer, status=201, headers={"Location": f"{request.path}/{session.id}"})

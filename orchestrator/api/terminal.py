@@ -1,4 +1,4 @@
-"""`/api/v1/code-sessions/{id}/input`, `/output`, `/terminal`: the terminal over plain HTTP."""
+"""`/api/v1/code-sessions/{id}/input`, `/output`, `/terminal`, `/resize`, `/signal`: the terminal over plain HTTP."""
 
 import base64
 from typing import Annotated, Any, Final, Literal
@@ -17,7 +17,25 @@ from orchestrator.terminal.output_store import record_facts
 from sidecar.protocol import MAX_INPUT_BYTES, Record, RecordKind
 
 _IDEMPOTENCY_KEY_MAX: Final = 255
-_KIND_NAMES: Final = {RecordKind.START: "start", RecordKind.EXIT: "exit", RecordKind.RESIZE: "resize"}
+_KIND_NAMES: Final = {
+    RecordKind.START: "start",
+    RecordKind.EXIT: "exit",
+    RecordKind.RESIZE: "resize",
+    RecordKind.GAP: "gap",
+}
+SignalName = Literal[
+    "SIGINT",
+    "SIGQUIT",
+    "SIGTERM",
+    "SIGKILL",
+    "SIGHUP",
+    "SIGTSTP",
+    "SIGCONT",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGWINCH",
+]
+"""What a person at a terminal, or who supervises a program in it, has a use for."""
 
 
 class InputRequest(ApiModel):
@@ -34,6 +52,15 @@ class OutputQuery(QueryModel):
 class TerminalRequest(ApiModel):
     cols: Annotated[int, Field(ge=1, le=1000)] | None = None
     rows: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+
+class ResizeRequest(ApiModel):
+    cols: Annotated[int, Field(ge=1, le=1000)]
+    rows: Annotated[int, Field(ge=1, le=1000)]
+
+
+class SignalRequest(ApiModel):
+    signal: SignalName
 
 
 async def send_input(request: web.Request) -> web.Response:
@@ -72,7 +99,7 @@ async def read_output(request: web.Request) -> web.Response:
 def _output_object(session_id: str, output: Output, *, base64_data: bool) -> dict[str, Any]:
     body: dict[str, Any] = {
         "sessionId": session_id,
-        "chunks": [_chunk_object(record, base64_data=base64_data) for record in output.page.records],
+        "chunks": [chunk_object(record, base64_data=base64_data) for record in output.page.records],
         "lastSeq": output.last_seq,
         "firstSeq": output.page.first_seq,
         "hasMore": output.has_more,
@@ -82,8 +109,8 @@ def _output_object(session_id: str, output: Output, *, base64_data: bool) -> dic
     return body
 
 
-def _chunk_object(record: Record, *, base64_data: bool) -> dict[str, Any]:
-    chunk: dict[str, Any] = {"seq": record.seq}
+def chunk_object(record: Record, *, base64_data: bool) -> dict[str, Any]:
+    chunk: dict[str, Any] = {"seq": record.seq, "offset": record.offset}
     is_output = record.kind is RecordKind.OUTPUT
     if base64_data:
         chunk["data"] = base64.b64encode(record.data).decode() if is_output else ""
@@ -111,9 +138,26 @@ async def show_terminal(request: web.Request) -> web.Response:
     return json_response({"sessionId": session.id, "terminal": terminal_object(terminal)})
 
 
+async def resize_terminal(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.WRITE)
+    body = await read_body(request, ResizeRequest)
+    session_id = request.match_info["id"]
+    terminal = await request.app[TERMINALS].resize(caller.organization_id, session_id, cols=body.cols, rows=body.rows)
+    return json_response({"sessionId": session_id, "terminal": terminal_object(terminal)})
+
+
+async def send_signal(request: web.Request) -> web.Response:
+    caller = require_scope(request, Scope.WRITE)
+    body = await read_body(request, SignalRequest)
+    await request.app[TERMINALS].signal(caller.organization_id, request.match_info["id"], body.signal)
+    return json_response({"sent": True})
+
+
 def add_routes(router: web.UrlDispatcher) -> None:
     base = "/api/v1/code-sessions/{id}"
     router.add_post(f"{base}/input", send_input)
     router.add_get(f"{base}/output", read_output)
     router.add_post(f"{base}/terminal", start_terminal)
     router.add_get(f"{base}/terminal", show_terminal)
+    router.add_post(f"{base}/resize", resize_terminal)
+    router.add_post(f"{base}/signal", send_signal)

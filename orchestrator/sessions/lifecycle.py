@@ -20,13 +20,15 @@ from orchestrator.models import Session, SessionStatus
 from orchestrator.runtimes.base import WorkspaceRuntime, WorkspaceSpec, WorkspaceStartFailed, WorkspaceState
 from orchestrator.sessions.registry import SessionRegistry, now_ms
 from orchestrator.tasks import TaskOwner, end_tasks
-from orchestrator.terminal.hub import Hub
+from orchestrator.terminal.hub import Hub, Watch
 from orchestrator.terminal.link import LinkLost, RequestRefused, started_or_exited
 from orchestrator.terminal.link_endpoint import LinkRefused
+from orchestrator.terminal.output_store import OutputStore
 from sidecar.protocol import Record
 
 SHUTDOWN_S: Final = 8.0  # for the sidecar: hang up, drain its last output, go
 STOP_GRACE_S: Final = 2.0
+LAST_APPENDS_S: Final = 5.0
 LINK_LOST_CHECKS_S: Final = (0.3, 1.0, 3.0)  # after a lost link: is the workspace still there?
 RECONCILE_S: Final = 30.0
 TAKE_BACK_S: Final = 0.5
@@ -42,18 +44,22 @@ class SessionLifecycle:
         registry: SessionRegistry,
         runtime: WorkspaceRuntime,
         hub: Hub,
+        output: OutputStore,
         tasks: TaskOwner,
         *,
         create_timeout_s: float,
     ) -> None:
         self._registry, self._runtime, self._hub, self._tasks = registry, runtime, hub, tasks
+        self._output = output
         self._create_timeout_s = create_timeout_s
         self._provisioning: dict[str, asyncio.Task[None]] = {}
         self._finishing: dict[str, asyncio.Task[None]] = {}
         self._unfinished = asyncio.Event()  # an end has to be tried again
         self._unknown: set[str] = set()  # workspaces without a session, as the last reconciliation saw them
 
-    async def create(self, *, organization_id: str, user_id: str, name: str, description: str) -> Session:
+    async def create(
+        self, *, organization_id: str, user_id: str, name: str, description: str, output_policy: str = "block"
+    ) -> Session:
         """A session in `creating`; provisioning goes on behind it.
 
         Raises:
@@ -74,6 +80,7 @@ class SessionLifecycle:
             created_at_ms=at_ms,
             updated_at_ms=at_ms,
             link_token_sha256=_hash(token),
+            output_policy=output_policy,
         )
         try:
             await self._registry.add(session)
@@ -103,9 +110,10 @@ class SessionLifecycle:
                 await self._runtime.start(spec)
                 started = True
                 still_there = partial(self._still_there, session)
-                if await self._hub.link_within(session.id, self._create_timeout_s, still_there) is None:
-                    raise TimeoutError  # noqa: TRY301 - `asyncio.timeout`'s own may be swallowed, before 3.12
-                await self._until_running(session.id)
+                async with self._hub.watching(session.id) as watch:
+                    if await self._hub.link_within(session.id, self._create_timeout_s, still_there) is None:
+                        raise TimeoutError  # noqa: TRY301 - `asyncio.timeout`'s own may be swallowed, before 3.12
+                    await self._until_running(session, watch)
         except asyncio.CancelledError:
             if not started:  # this process stops; had a DELETE cancelled it, its end would be decided already
                 reason = "the control plane was stopped while the workspace was being created"
@@ -134,16 +142,15 @@ class SessionLifecycle:
         if status.state is not WorkspaceState.RUNNING:
             raise WorkspaceStartFailed(status.reason or "its sidecar ended at once")
 
-    async def _until_running(self, session_id: str) -> None:
-        with self._hub.waiting(session_id) as event:
-            while True:
-                event.clear()
-                session = await self._registry.find(session_id)
-                if session is None or session.ended or session.status is not SessionStatus.CREATING:
-                    return
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(0.5):
-                        await event.wait()
+    async def _until_running(self, session: Session, watch: Watch) -> None:
+        while True:
+            watch.clear()
+            current = await self._registry.find(session.id)
+            if current is None or current.ended or current.status is not SessionStatus.CREATING:
+                return
+            if await self._hub.find(session.id) is None:
+                await self._still_there(session)
+            await watch.wait(0.5)
 
     async def end(self, organization_id: str, session_id: str) -> None:
         """Return when all of the workspace is gone and the session says `completed`; ended already is success.
@@ -187,23 +194,36 @@ class SessionLifecycle:
         provisioning = self._provisioning.get(session_id)
         if provisioning is not None:
             await end_tasks(provisioning)
-        link = self._hub.link(session_id)
-        if link is not None:
-            with suppress(LinkLost, RequestRefused, TimeoutError):
-                async with asyncio.timeout(SHUTDOWN_S):
-                    await link.request("shutdown")
-                    await link.closed.wait()
-        try:
-            await self._runtime.stop(session.workspace_id, grace_s=STOP_GRACE_S)
-        except RuntimeUnavailable:
-            self._unfinished.set()
-            raise
+        async with self._hub.watching(session_id):
+            link = await self._hub.find(session_id)
+            if link is not None:
+                with suppress(LinkLost, RequestRefused, TimeoutError):
+                    async with asyncio.timeout(SHUTDOWN_S):
+                        await link.request("shutdown")
+                        await link.until_closed()
+            try:
+                await self._runtime.stop(session.workspace_id, grace_s=STOP_GRACE_S)
+            except RuntimeUnavailable:
+                self._unfinished.set()
+                raise
+            await self._until_appended(session_id)
+        reason = session.status_reason or "the session was ended"
+        await self._output.close(session_id, lost_reason=reason, at_ms=now_ms())
         await self._registry.move(session_id, session.ending_as)
+        await self._hub.forget(session_id)
         self._hub.changed(session_id)
         log.info("session ended", session_id=session_id, status=session.ending_as)
 
-    async def authenticate_link(self, session_id: str, token: str) -> str:
-        """The workspace id of the session whose sidecar has this token.
+    async def _until_appended(self, session_id: str) -> None:
+        """The workspace is gone: wait until what its link had brought is in the log."""
+        deadline = time.monotonic() + LAST_APPENDS_S
+        async with self._hub.watching(session_id) as watch:
+            while time.monotonic() < deadline and await self._hub.holds(session_id):
+                watch.clear()
+                await watch.wait(0.1)
+
+    async def authenticate_link(self, session_id: str, token: str) -> Session:
+        """The session whose sidecar has this token.
 
         Raises:
             LinkRefused: wrong token, or the session has ended.
@@ -213,7 +233,7 @@ class SessionLifecycle:
             raise LinkRefused(gone=True)
         if not hmac.compare_digest(session.link_token_sha256, _hash(token)):
             raise LinkRefused(gone=False)
-        return session.workspace_id
+        return session
 
     async def on_appended(self, session_id: str, records: list[Record]) -> None:
         """The terminal's first record is in the log: the session runs."""
@@ -231,7 +251,7 @@ class SessionLifecycle:
             self._tasks.start(self.finish(session_id), name=f"finish {session_id}")
 
     def on_link_lost(self, session_id: str) -> None:
-        if session_id not in self._finishing:
+        if session_id not in self._finishing and session_id not in self._provisioning:  # they look themselves
             self._tasks.start(self._check_after_loss(session_id), name=f"check {session_id}")
 
     async def _check_after_loss(self, session_id: str) -> None:

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from orchestrator.errors import InvalidRequest, SessionNotFound
 from orchestrator.ids import is_id
 from orchestrator.models import ALLOWED, Session, SessionStatus
+from orchestrator.terminal.output_store import events_channel
 
 _LIVE: Final = "cs:sessions:live"  # set of the ids whose workspace may still exist
 _SCAN: Final = 100
@@ -124,7 +125,7 @@ class SessionRegistry:
         return await self._run(session_id, "ending_as", to, reason, [at for at in SessionStatus if not at.ended])
 
     async def _run(self, session_id: str, field: str, value: str, reason: str, allowed: list[SessionStatus]) -> bool:
-        arguments: list[str | int] = [field, value, now_ms(), reason, *allowed]
+        arguments: list[str | int] = [field, value, now_ms(), reason, events_channel(session_id), *allowed]
         return bool(await self._transition(keys=[self._key(session_id)], args=arguments) == 1)
 
     async def live_ids(self) -> set[str]:

@@ -23,8 +23,9 @@ from orchestrator.errors import (
 from orchestrator.models import Session, SessionStatus, TerminalState
 from orchestrator.sessions.registry import SessionRegistry
 from orchestrator.terminal.hub import Hub
-from orchestrator.terminal.link import LinkLost, RequestRefused, SidecarLink
-from orchestrator.terminal.output_store import OutputStore, Page
+from orchestrator.terminal.link import LinkLost, RequestRefused
+from orchestrator.terminal.output_store import PAGE_BYTES, OutputStore, Page
+from orchestrator.terminal.relay import SessionLink
 from sidecar.protocol import JsonObject, integer
 
 CREATE_PATIENCE_S: Final = 60.0  # how long a call waits for a terminal that is being created
@@ -71,7 +72,6 @@ class Terminals:
             TerminalNotReading: the program in it does not read; `writtenBytes` of it are written.
             TerminalUnavailable: no link; nothing was written, or with an idempotency key it is safe to try again.
         """
-        session = await self._registry.get(organization_id, session_id)
         # Every input has a key towards the sidecar, so that one which a lost link left unanswered can be sent again.
         unique = hashlib.sha256(f"{caller}\n{idempotency_key}".encode()).hexdigest()[:32]
         key = unique if idempotency_key else f"once-{secrets.token_hex(8)}"
@@ -79,7 +79,9 @@ class Terminals:
             raise TerminalNotReading("too much input waits for this terminal already", writtenBytes=0)
         self._queued_bytes[session_id] += len(data)
         try:
-            return await self._with_link(session, lambda link: link.write_input(key, data), WRITE_PATIENCE_S)
+            return await self._with_link(
+                organization_id, session_id, lambda link: link.write_input(key, data), WRITE_PATIENCE_S
+            )
         finally:
             self._queued_bytes[session_id] -= len(data)
             if not self._queued_bytes[session_id]:
@@ -91,17 +93,42 @@ class Terminals:
         Raises:
             SessionNotFound, SessionEnded, TerminalRunning, TerminalUnavailable: as named.
         """
-        session = await self._registry.get(organization_id, session_id)
-        answer = await self._with_link(session, lambda link: link.request("start", **size), REQUEST_S)
-        started_seq = integer(answer, "seq")
-        deadline = time.monotonic() + REQUEST_S
-        with self._hub.waiting(session_id) as event:
-            while await self._store.last_seq(session_id) < started_seq:
-                if time.monotonic() > deadline:
-                    raise TerminalUnavailable("the shell was started, but its record did not reach the store in time")
-                event.clear()
-                await _wait(event, 0.2)
+        answer = await self._with_link(
+            organization_id, session_id, lambda link: link.request("start", **size), REQUEST_S
+        )
+        await self._until_appended(session_id, integer(answer, "seq"))
         return await self._store.terminal_state(session_id)
+
+    async def resize(self, organization_id: str, session_id: str, *, cols: int, rows: int) -> TerminalState:
+        """Give the terminal a size, 1 to 1000 each; returns once the log says so.
+
+        Raises:
+            SessionNotFound, SessionEnded, TerminalExited, TerminalUnavailable: as named.
+            InvalidRequest: no such size.
+        """
+        answer = await self._with_link(
+            organization_id, session_id, lambda link: link.request("resize", cols=cols, rows=rows), REQUEST_S
+        )
+        await self._until_appended(session_id, integer(answer, "seq"))
+        return await self._store.terminal_state(session_id)
+
+    async def signal(self, organization_id: str, session_id: str, name: str) -> None:
+        """Send a signal, such as `SIGINT`, to the terminal's foreground process group.
+
+        Raises:
+            SessionNotFound, SessionEnded, TerminalExited, TerminalUnavailable: as named.
+            InvalidRequest: no such signal.
+        """
+        await self._with_link(organization_id, session_id, lambda link: link.request("signal", signal=name), REQUEST_S)
+
+    async def _until_appended(self, session_id: str, seq: int) -> None:
+        deadline = time.monotonic() + REQUEST_S
+        async with self._hub.watching(session_id) as watch:
+            while (await self._store.bounds(session_id))[1] < seq:
+                if time.monotonic() > deadline:
+                    raise TerminalUnavailable("it was done, but its record did not reach the store in time")
+                watch.clear()
+                await watch.wait(0.2)
 
     async def state(self, session: Session) -> TerminalState:
         """What the log says; `lost` where the session ended before the terminal's own end was recorded."""
@@ -110,29 +137,47 @@ class Terminals:
             return TerminalState("lost", state.cols, state.rows)
         return state
 
-    async def read(self, organization_id: str, session_id: str, *, after: int, limit: int, wait_s: float) -> Output:
-        """Output after `after`; with nothing there, what comes within `wait_s`.
+    async def read(
+        self,
+        organization_id: str,
+        session_id: str,
+        *,
+        after: int,
+        limit: int,
+        wait_s: float,
+        max_bytes: int = PAGE_BYTES,
+    ) -> Output:
+        """Output after `after`, about `max_bytes` of it; with nothing there, what comes within `wait_s`.
 
         Raises:
             SessionNotFound: not in this organization.
         """
+        page = self._live_page(organization_id, session_id, after, limit, max_bytes)
+        if page is not None and (page.records or wait_s <= 0):
+            return Output(page, after)
         deadline = time.monotonic() + wait_s
-        session = await self._registry.get(organization_id, session_id)
-        with self._hub.waiting(session_id) as event:
-            woken = False
+        session: Session | None = None
+        async with self._hub.watching(session_id) as watch:
             while True:
-                event.clear()
-                page = await self._store.read(session_id, after=after, limit=limit)
-                left_s = deadline - time.monotonic()
-                if page.records or left_s <= 0 or session.status.ended:
-                    return Output(page, after)
-                if woken:  # by something else than output: its end, perhaps
+                watch.clear()
+                page = self._live_page(organization_id, session_id, after, limit, max_bytes)
+                if page is None:
+                    # First the session: when it has ended, all its output is there.
                     session = await self._registry.get(organization_id, session_id)
+                    page = await self._store.read(session_id, after=after, limit=limit, max_bytes=max_bytes)
                     if session.status.ended:
-                        continue  # its last output may have come in between
-                # An append on another replica is not seen here; look again before long.
-                await _wait(event, min(left_s, 0.25 if self._hub.link(session_id) is None else 5.0))
-                woken = True
+                        return Output(page, after)
+                left_s = deadline - time.monotonic()
+                if page.records or left_s <= 0:
+                    return Output(page, after)
+                await watch.wait(left_s)
+
+    def _live_page(self, organization_id: str, session_id: str, after: int, limit: int, max_bytes: int) -> Page | None:
+        """From memory, when this replica holds the link and has it there: without a way to the store."""
+        link = self._hub.link(session_id)
+        if link is None or link.organization_id != organization_id:
+            return None
+        return link.live.page(after, limit=limit, max_bytes=max_bytes)
 
     async def archive(self, session: Session, result: JsonObject, preview: JsonObject | None) -> AsyncIterator[bytes]:
         """The workspace as a zip, or what `preview` asks for of it; facts about it are in `result` at the end.
@@ -141,29 +186,34 @@ class Terminals:
             SessionEnded, TerminalUnavailable: there is nothing to archive from.
             RequestRefused, LinkLost: it broke, perhaps after some bytes.
         """
-        link = await self._link(session, CREATE_PATIENCE_S)
-        stream = link.stream("archive", result) if preview is None else link.stream("preview", result, **preview)
-        async for piece in stream:
-            yield piece
+        async with self._hub.watching(session.id):
+            link = await self._link(session, CREATE_PATIENCE_S)
+            stream = link.stream("archive", result) if preview is None else link.stream("preview", result, **preview)
+            async for piece in stream:
+                yield piece
 
-    async def _with_link(self, session: Session, use: Callable[[SidecarLink], Awaitable[T]], patience_s: float) -> T:
+    async def _with_link(
+        self, organization_id: str, session_id: str, use: Callable[[SessionLink], Awaitable[T]], patience_s: float
+    ) -> T:
         """Do it on the session's link; on the next one when it breaks, which the sidecar recognises as the same."""
+        own = self._hub.link(session_id)
+        if own is not None and own.organization_id == organization_id:
+            with suppress(LinkLost):
+                return await _use(own, use, patience_s)
+        session = await self._registry.get(organization_id, session_id)
         waiting_s = CREATE_PATIENCE_S if session.status is SessionStatus.CREATING else LINK_PATIENCE_S
         deadline = time.monotonic() + waiting_s + patience_s
-        while True:
-            link = await self._link(session, waiting_s)
-            try:
-                async with asyncio.timeout(patience_s):
-                    return await use(link)
-            except LinkLost:
+        async with self._hub.watching(session_id) as watch:
+            while True:
+                watch.clear()
+                link = await self._link(session, waiting_s)
+                with suppress(LinkLost):
+                    return await _use(link, use, patience_s)
                 if time.monotonic() > deadline:
-                    raise TerminalUnavailable("the workspace's link was lost") from None
-            except TimeoutError:
-                raise TerminalUnavailable("the workspace did not answer in time") from None
-            except RequestRefused as refused:
-                raise _domain_error(refused) from refused
+                    raise TerminalUnavailable("the workspace's link was lost")
+                await watch.wait(0.1)
 
-    async def _link(self, session: Session, waiting_s: float) -> SidecarLink:
+    async def _link(self, session: Session, waiting_s: float) -> SessionLink:
         ended = SessionEnded(f"code session {session.id} has ended")
 
         async def still_wanted() -> None:
@@ -179,10 +229,18 @@ class Terminals:
         return link
 
 
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
+async def _use(link: SessionLink, use: Callable[[SessionLink], Awaitable[T]], patience_s: float) -> T:
+    """
+    Raises:
+        LinkLost: it is not known whether it was done.
+    """
+    try:
+        async with asyncio.timeout(patience_s):
+            return await use(link)
+    except TimeoutError:
+        raise TerminalUnavailable("the workspace did not answer in time") from None
+    except RequestRefused as refused:
+        raise _domain_error(refused) from refused
 
 
 def _domain_error(refused: RequestRefused) -> Exception:

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
+from urllib.parse import unquote, urlsplit
 
 from redis import exceptions as redis_errors
 from redis.asyncio import Redis
+from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
@@ -21,12 +23,16 @@ _RETRY_CAP_S: Final = 0.4
 _HEALTH_CHECK_S: Final = 15
 _MAX_CONNECTIONS: Final = 4096  # Valkey's own limit is 10000 for all clients
 
+_PORT: Final = 6379
+
 _BLOCKING_READ: Final = "blocking_read"
 _UNAVAILABLE: Final = (
     redis_errors.ConnectionError,
     redis_errors.TimeoutError,
     redis_errors.BusyLoadingError,
+    redis_errors.ClusterError,
     redis_errors.ClusterDownError,
+    redis_errors.RedisClusterException,
     redis_errors.OutOfMemoryError,
     redis_errors.ReadOnlyError,
     redis_errors.TryAgainError,
@@ -108,8 +114,15 @@ def _block_s(args: tuple[Any, ...]) -> float | None:
     return None
 
 
+class StoreCluster(RedisCluster):
+    """redis-py's client for a cluster; everything that is asked for together has one hash tag, and so one slot."""
+
+
 def connect(target: str | Path) -> StoreClient:
     """A client for a URL (`redis://`, `rediss://`, `unix://`, also with `valkey`) or a Unix socket's path.
+
+    `redis-cluster://[user:password@]host:port,host:port,…` and `rediss-cluster://…` are a cluster by some of its nodes;
+    what comes back then is a `StoreCluster`, which has the same commands.
 
     Nothing is connected yet; connections are made, checked and made again as commands need them. A connection that
     breaks is retried for about a second, so **a command may run twice**: write so that this does no harm. An answer
@@ -129,10 +142,46 @@ def connect(target: str | Path) -> StoreClient:
         return StoreClient(unix_socket_path=str(target), **common)
     scheme, separator, rest = target.partition("://")
     url = scheme.replace("valkey", "redis") + separator + rest
+    if url.startswith(("redis-cluster://", "rediss-cluster://")):
+        return cast("StoreClient", _connect_cluster(url))
     try:
         return cast("StoreClient", StoreClient.from_url(url, **common))
     except ValueError:
         raise SettingsError("CODE_SESSIONS_REDIS_URL: not a redis://, rediss:// or unix:// URL") from None
+
+
+def _connect_cluster(url: str) -> StoreCluster:
+    scheme, _, rest = url.partition("://")
+    login, _, hosts = rest.rstrip("/").rpartition("@")
+    user, _, password = login.partition(":")
+    nodes = []
+    for host in hosts.split(","):
+        try:
+            parts = urlsplit(f"//{host}")
+            nodes.append(ClusterNode(parts.hostname or "", parts.port or _PORT))
+        except ValueError:
+            nodes.clear()
+            break
+    if not nodes or not all(node.host for node in nodes):
+        raise SettingsError("CODE_SESSIONS_REDIS_URL: not a redis-cluster://host:port,host:port URL") from None
+    return StoreCluster(
+        startup_nodes=nodes,
+        ssl=scheme == "rediss-cluster",
+        username=unquote(user) or None,
+        password=unquote(password) or None,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        health_check_interval=_HEALTH_CHECK_S,
+        max_connections=_MAX_CONNECTIONS,
+    )
+
+
+async def store_identity(redis: StoreClient) -> str:
+    """Something else whenever the store, or a node of it, was restarted or another one took over."""
+    if isinstance(redis, RedisCluster):
+        nodes: dict[str, dict[str, Any]] = await redis.info("server", target_nodes=RedisCluster.PRIMARIES)
+        return " ".join(sorted(str(facts["run_id"]) for facts in nodes.values()))
+    return str((await redis.info("server"))["run_id"])
 
 
 def is_unavailable(error: BaseException) -> bool:

@@ -5,13 +5,18 @@ Knows no WebSocket: `Transport` is what the link endpoint gives it. What arrives
 
 import asyncio
 import itertools
+import secrets
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 import structlog
 
-from orchestrator.terminal.output_store import OutputStore
+from orchestrator.models import Session
+from orchestrator.terminal.live import LiveLog
+from orchestrator.terminal.output_store import LogClosed, OutputStore
 from sidecar.protocol import (
     STREAM_CREDIT_BYTES,
     Binary,
@@ -29,8 +34,14 @@ from sidecar.protocol import (
 )
 
 _APPEND_BYTES: Final = 512 * 1024  # at most about this much in one append
+_RECORD_COST_BYTES: Final = 200  # so that a great many tiny ones count, too
 _QUEUED_BYTES_MAX: Final = 8 * 1024 * 1024  # more than the protocol lets a sidecar have in flight
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
+# An acknowledgement is put off until so much, so many batches or so much time has gathered.
+_ACK_BYTES: Final = 32 * 1024
+_ACK_BATCHES: Final = 3
+_ACK_DELAY_S: Final = 0.2
+_LAST_APPENDS_S: Final = 10.0  # for what a link that is gone had brought
 
 log = structlog.get_logger(__name__)
 
@@ -86,13 +97,15 @@ class IncomingStream:
 class SidecarLink:
     def __init__(
         self,
-        session_id: str,
+        session: Session,
         transport: Transport,
         store: OutputStore,
+        live: LiveLog,
         *,
         on_appended: Callable[[str, list[Record]], Awaitable[None]],
     ) -> None:
-        self.session_id = session_id
+        self.session_id, self.organization_id, self.live = session.id, session.organization_id, live
+        self.number = secrets.token_hex(8)  # names this very connection, for other replicas
         self._transport, self._store, self._on_appended = transport, store, on_appended
         self._ids = itertools.count(1)
         self._requests: dict[int, asyncio.Future[JsonObject]] = {}
@@ -103,43 +116,85 @@ class SidecarLink:
         self._expected_seq: int | None = None  # after a resume: what is on its way from before it is passed over
         self._room = asyncio.Event()
         self._room.set()
+        self._durable_seq = live.last_seq
+        self._unacknowledged_bytes = self._unacknowledged_batches = 0
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._superseded = False
+        self._closed_at_s = 0.0
         self.closed = asyncio.Event()
 
     async def run_appends(self) -> None:
-        """Append what arrives, in order, and acknowledge it; until the link is `lost`.
+        """Append what arrives, in order, and acknowledge it; until the link is `lost` and what had come is appended.
 
-        Not until cancelled: before Python 3.12 `asyncio.wait_for`, somewhere below, may swallow a cancellation.
+        The last of it may be all that is left of a workspace that died. Not until cancelled: before Python 3.12
+        `asyncio.wait_for`, somewhere below, may swallow a cancellation.
+
+        Raises:
+            LogClosed: the session has ended.
         """
-        while not self.closed.is_set():
+        while self._queue or not self.closed.is_set():
             if not self._queue:
                 self._queue_changed.clear()
                 await self._queue_changed.wait()
+                if self._ack_timer is not None and not self._queue and not self.closed.is_set():
+                    await self._acknowledge()
                 continue
             batch, size = [self._queue.popleft()], 0
             while self._queue and size < _APPEND_BYTES:
-                size += len(batch[-1].data)
+                size += len(batch[-1].data) + _RECORD_COST_BYTES
                 batch.append(self._queue.popleft())
-            self._queued_bytes -= sum(len(record.data) for record in batch)
+            self._queued_bytes -= _size(batch)
             self._room.set()
             await self._append(batch)
 
     async def _append(self, batch: list[Record]) -> None:
         retry_s = _RETRY_FIRST_S
-        while not self.closed.is_set():
+        while not self._given_up():
             try:
                 appended = await self._store.append(self.session_id, batch)
                 break
+            except LogClosed:
+                raise
             except Exception as error:  # noqa: BLE001 - whatever the store's trouble is, the sidecar keeps the records
                 log.warning("append failed, trying again", session_id=self.session_id, error=str(error))
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, _RETRY_MAX_S)
         else:
-            return  # the sidecar sends it again over its next link
+            return  # the sidecar, if it is still there, sends it again over its next link
         if appended.complete:
-            await self._send({"t": "ack", "seq": batch[-1].seq})
+            self._durable_seq = appended.last_seq
+            self.live.add(batch, appended.first_seq)
             await self._on_appended(self.session_id, batch)
+            self._unacknowledged_bytes += _size(batch)
+            self._unacknowledged_batches += 1
+            put_off = self._unacknowledged_bytes < _ACK_BYTES and self._unacknowledged_batches < _ACK_BATCHES
+            if put_off and batch[-1].kind is RecordKind.OUTPUT:
+                if self._ack_timer is None:
+                    loop = asyncio.get_running_loop()
+                    self._ack_timer = loop.call_later(_ACK_DELAY_S, self._queue_changed.set)
+            else:
+                await self._acknowledge()
+        elif self.closed.is_set():
+            self._queue.clear()
         else:
-            await self.resume_from(appended.last_seq)
+            with suppress(LinkLost):
+                await self.resume_from(appended.last_seq)
+
+    async def _acknowledge(self) -> None:
+        """Tell the sidecar what is durable. Not at each append: for a little output that costs more than appending."""
+        self._begin_acknowledging()
+        if not self.closed.is_set():
+            with suppress(LinkLost):  # what else came over it is appended all the same
+                await self._send({"t": "ack", "seq": self._durable_seq})
+
+    def _begin_acknowledging(self) -> None:
+        self._unacknowledged_bytes = self._unacknowledged_batches = 0
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
+
+    def _given_up(self) -> bool:
+        return self.closed.is_set() and (self._superseded or time.monotonic() - self._closed_at_s > _LAST_APPENDS_S)
 
     async def resume_from(self, last_seq: int) -> None:
         """The store stands at `last_seq`: have the sidecar send everything after it again."""
@@ -147,6 +202,7 @@ class SidecarLink:
         self._queued_bytes = 0
         self._room.set()
         self._expected_seq = last_seq + 1
+        self._begin_acknowledging()
         await self._send({"t": "resume", "after": last_seq})
 
     async def receive(self, message: str | bytes) -> None:
@@ -164,9 +220,9 @@ class SidecarLink:
                     return
                 self._expected_seq = None
             self._queue.extend(records)
-            self._queued_bytes += sum(len(record.data) for record in records)
+            self._queued_bytes += _size(records)
             self._queue_changed.set()
-            while self._queued_bytes > _QUEUED_BYTES_MAX:
+            while self._queued_bytes > _QUEUED_BYTES_MAX and not self.closed.is_set():
                 self._room.clear()
                 await self._room.wait()
         elif message[:1] == bytes((Binary.STREAM,)):
@@ -210,6 +266,7 @@ class SidecarLink:
             await self._transport.send_binary(encode_input(Input(request_id, key, data)))
             return integer(await future, "bytes")
         except ConnectionError as error:
+            self.lost()
             raise LinkLost from error
         finally:
             self._forget(request_id)
@@ -267,18 +324,39 @@ class SidecarLink:
         try:
             await self._transport.send_text(encode_json(message))
         except ConnectionError as error:
+            self.lost()
             raise LinkLost from error
+
+    async def until_closed(self) -> None:
+        """Return when the connection is gone."""
+        await self.closed.wait()
 
     async def close(self, reason: str) -> None:
         await self._transport.close(reason)
 
-    def lost(self) -> None:
-        """The connection is gone: whoever waits for an answer is told."""
+    def lost(self, *, superseded: bool = False) -> None:
+        """The connection is gone: whoever waits for an answer is told.
+
+        At once when a message cannot be sent, and not only when its reader notices: a caller that is told `LinkLost`
+        tries the session's link again, and would get this one without ever letting the reader run.
+
+        `superseded`: a newer one brings what this one had not appended yet.
+        """
+        if superseded:
+            self._superseded = True
+            self._queue.clear()
+        if not self.closed.is_set():
+            self._closed_at_s = time.monotonic()
         self.closed.set()
+        self._room.set()
         self._queue_changed.set()
         for future in self._requests.values():
             if not future.done():
                 future.set_exception(LinkLost())
+
+
+def _size(records: list[Record]) -> int:
+    return sum(len(record.data) + _RECORD_COST_BYTES for record in records)
 
 
 def started_or_exited(records: list[Record]) -> bool:

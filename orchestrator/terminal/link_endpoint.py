@@ -9,9 +9,11 @@ from aiohttp import WSMsgType, web
 from redis.exceptions import RedisError
 
 from orchestrator.errors import Unavailable
+from orchestrator.models import Session
 from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, SidecarLink
-from orchestrator.terminal.output_store import OutputStore
+from orchestrator.terminal.live import LiveBudget, LiveLog
+from orchestrator.terminal.output_store import LogClosed, OutputStore
 from sidecar.protocol import (
     HEARTBEAT_S,
     MAX_MESSAGE_BYTES,
@@ -57,13 +59,14 @@ class LinkEndpoint:
         hub: Hub,
         store: OutputStore,
         *,
-        authenticate: Callable[[str, str], Awaitable[str]],
+        authenticate: Callable[[str, str], Awaitable[Session]],
         on_linked: Callable[[str], Awaitable[None]],
         on_appended: Callable[[str, list[Record]], Awaitable[None]],
         on_lost: Callable[[str], None],
     ) -> None:
-        """`authenticate(session id, token)` gives the session's workspace id or raises `LinkRefused`."""
+        """`authenticate(session id, token)` gives the session or raises `LinkRefused`."""
         self._hub, self._store = hub, store
+        self._live_budget = LiveBudget()
         self._authenticate, self._on_linked = authenticate, on_linked
         self._on_appended, self._on_lost = on_appended, on_lost
 
@@ -76,7 +79,7 @@ class LinkEndpoint:
         session_id = request.headers.get("X-Session-Id", "")
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         try:
-            workspace_id = await self._authenticate(session_id, token)
+            session = await self._authenticate(session_id, token)
         except LinkRefused as refused:
             return web.Response(status=410 if refused.gone else 401)
         except (Unavailable, RedisError):
@@ -86,48 +89,55 @@ class LinkEndpoint:
             await socket.prepare(request)
         except ConnectionError:  # it did not wait for a slow answer of the store's, and dials again
             return socket
-        link = SidecarLink(session_id, _WebSocketTransport(socket), self._store, on_appended=self._on_appended)
         try:
-            await self._serve(socket, link, workspace_id)
-        except* (ProtocolError, TimeoutError, LinkLost, ConnectionError, RedisError) as group:
+            await self._serve(socket, session)
+        except* (ProtocolError, TimeoutError, LinkLost, LogClosed, ConnectionError, RedisError) as group:
             reasons = "; ".join(f"{type(error).__name__}: {error}" for error in group.exceptions)
             log.warning("link ended", session_id=session_id, reason=reasons)
         finally:
-            if self._hub.detach(link):
-                self._on_lost(session_id)
             await socket.close()
         return socket
 
-    async def _serve(self, socket: web.WebSocketResponse, link: SidecarLink, workspace_id: str) -> None:
+    async def _serve(self, socket: web.WebSocketResponse, session: Session) -> None:
         first = await socket.receive(timeout=_HELLO_S)
         if first.type is not WSMsgType.TEXT:
             raise ProtocolError("the first message is no hello")
         hello = decode_json(first.data)
         if hello["t"] != "hello" or integer(hello, "v") != VERSION:
             raise ProtocolError(f"no hello of version {VERSION}")
-        if hello.get("sessionId") != link.session_id or hello.get("workspaceId") != workspace_id:
+        if hello.get("sessionId") != session.id or hello.get("workspaceId") != session.workspace_id:
             raise ProtocolError("the hello is of another session")
-        welcome: JsonObject = {"t": "welcome", "v": VERSION, "resumeAfter": await self._resume_after(link, hello)}
-        await socket.send_str(encode_json(welcome))
-        await self._hub.attach(link)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(link.run_appends())
-            try:
-                await self._on_linked(link.session_id)
-                async for message in socket:
-                    if message.type not in {WSMsgType.TEXT, WSMsgType.BINARY}:
-                        break
-                    await link.receive(message.data)
-            finally:
-                link.lost()
+        kept_from, stands_at = await self._resume_after(session.id, hello)
+        live = LiveLog(kept_from, stands_at, self._live_budget)
+        transport = _WebSocketTransport(socket)
+        link = SidecarLink(session, transport, self._store, live, on_appended=self._on_appended)
+        welcome: JsonObject = {"t": "welcome", "v": VERSION, "resumeAfter": stands_at}
+        await socket.send_str(encode_json(welcome | {"outputPolicy": session.output_policy}))
+        try:
+            await self._hub.attach(link)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(link.run_appends())
+                try:
+                    await self._on_linked(session.id)
+                    async for message in socket:
+                        if message.type not in {WSMsgType.TEXT, WSMsgType.BINARY}:
+                            break
+                        await link.receive(message.data)
+                finally:
+                    link.lost()
+        finally:
+            live.clear()
+            if await self._hub.detach(link):
+                self._on_lost(session.id)
 
-    async def _resume_after(self, link: SidecarLink, hello: JsonObject) -> int:
+    async def _resume_after(self, session_id: str, hello: JsonObject) -> tuple[int, int]:
+        """The oldest seq that the store keeps, and the one after which the sidecar is to go on."""
         first, last = integer(hello, "firstSeq"), integer(hello, "lastSeq")
-        stands_at = await self._store.last_seq(link.session_id)
+        kept_from, stands_at = await self._store.bounds(session_id)
         if stands_at > last:
             raise ProtocolError(f"the sidecar has {last} records, the store {stands_at}: this is not the same terminal")
         if stands_at < first - 1:
-            log.error("output is lost", session_id=link.session_id, after=stands_at, before=first)
-            await self._store.skip_to(link.session_id, first - 1)
-            return first - 1
-        return stands_at
+            log.error("output is lost", session_id=session_id, after=stands_at, before=first)
+            await self._store.skip_to(session_id, first - 1)
+            return first, first - 1
+        return kept_from, stands_at

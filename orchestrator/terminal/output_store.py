@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
 
-from redis.asyncio import Redis
-
 from orchestrator.models import TerminalState
+from orchestrator.store.connection import StoreClient
+from orchestrator.store.lane import ScriptLane
 from sidecar.protocol import Record, RecordKind
 
 PAGE_BYTES: Final = 1024 * 1024
 _FIRST_PAGE: Final = 32  # entries; enough for a page of large chunks, and more are asked for when they are small
 _MARKS: Final = 64  # retention is trimmed in about this many steps
+RECORD_LEAST_BYTES: Final = 16  # what a record counts at least, so that tiny ones cannot fill the store's memory
+
+
+def events_channel(session_id: str) -> str:
+    """Where changes of a session are published: a seq after an append, else what changed."""
+    return f"cs:{{{session_id}}}:events"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +33,27 @@ class Page:
     records: list[Record]
     first_seq: int
     last_seq: int
-    terminal: TerminalState
 
 
 @dataclass(frozen=True, slots=True)
 class Appended:
     complete: bool  # False: a record was not the next one
     last_seq: int  # where the store stands now
+    first_seq: int  # the oldest that is kept
+
+
+class LogClosed(Exception):
+    """The session has ended, and its log with it."""
 
 
 class OutputStore:
-    def __init__(self, redis: Redis, *, retention_bytes: int) -> None:
+    def __init__(self, redis: StoreClient, *, retention_bytes: int, retention_days: float = 0) -> None:
+        """`retention_bytes`: what is kept of each session. `retention_days`: how long after its end; 0: for ever."""
         self._redis, self._retention_bytes = redis, retention_bytes
-        self._append = redis.register_script(files(__package__).joinpath("append.lua").read_text())
+        self._retention_s = int(retention_days * 86400)
+        script = redis.register_script(files(__package__).joinpath("append.lua").read_text())
+        self._append = ScriptLane(redis, script)
+        self._close = redis.register_script(files(__package__).joinpath("close.lua").read_text())
 
     @staticmethod
     def keys(session_id: str) -> list[str]:
@@ -47,16 +61,41 @@ class OutputStore:
         return [f"cs:{{{session_id}}}:{name}" for name in ("log", "tail", "marks")]
 
     async def append(self, session_id: str, records: Sequence[Record]) -> Appended:
-        """Take in records; those that are there already are passed over, and none is taken after a gap."""
-        arguments: list[int | bytes] = [self._retention_bytes, max(1, self._retention_bytes // _MARKS)]
+        """Take in records; those that are there already are passed over, and none is taken after a gap.
+
+        Raises:
+            LogClosed: nothing was taken.
+        """
+        distance = max(1, self._retention_bytes // _MARKS)
+        arguments: list[int | bytes | str] = [
+            self._retention_bytes,
+            distance,
+            RECORD_LEAST_BYTES,
+            events_channel(session_id),
+        ]
+        size_bytes = 0
         for record in records:
             arguments += (record.seq, record.offset, record.time_ms, int(record.kind), record.data)
-        complete, last_seq = await self._append(keys=self.keys(session_id), args=arguments)
-        return Appended(bool(complete), last_seq)
+            size_bytes += len(record.data)
+        keys = self.keys(session_id)
+        complete, last_seq, first_seq = await self._append.run(keys, arguments, size_bytes=size_bytes)
+        if complete < 0:
+            raise LogClosed(session_id)
+        return Appended(bool(complete), last_seq, first_seq)
 
-    async def last_seq(self, session_id: str) -> int:
-        """The newest seq; 0 for none."""
-        return int(await self._redis.hget(self.keys(session_id)[1], "last") or 0)
+    async def close(self, session_id: str, *, lost_reason: str, at_ms: int) -> None:
+        """Take nothing more, and let the output go when its days are over. Closed already is fine.
+
+        If the terminal's end is not in the log, its EXIT record is put there: `{"lost": lost_reason}`.
+        """
+        lost = json.dumps({"lost": lost_reason})
+        arguments: list[int | str] = [at_ms, lost, self._retention_s, events_channel(session_id)]
+        await self._close(keys=self.keys(session_id), args=arguments)
+
+    async def bounds(self, session_id: str) -> tuple[int, int]:
+        """The oldest seq that is kept and the newest; (1, 0) for none."""
+        first, last = await self._redis.hmget(self.keys(session_id)[1], ("first", "last"))
+        return int(first or 1), int(last or 0)
 
     async def skip_to(self, session_id: str, last_seq: int) -> None:
         """Go on after `last_seq` though what stood before it was lost; readers are told by `truncated`."""
@@ -73,15 +112,15 @@ class OutputStore:
         while True:
             start = records[-1].seq if records else after
             async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.hmget(tail, ("first", "last"))  # before the records: what it names is then there, or trimmed
                 pipe.xrange(stream, min=f"({start}-0", max="+", count=count)
-                pipe.hmget(tail, ("first", "last", *_STATE_FIELDS))
-                entries, (first, last, *state) = await pipe.execute()
-            if records and entries and _seq(entries[0][0]) != records[-1].seq + 1:
-                entries = []  # trimmed between two looks: end here, and the next read tells of it
+                (first, last), entries = await pipe.execute()
             for entry_id, fields in entries:
                 record = _record(entry_id, fields)
                 if records and size + len(record.data) > max_bytes:
                     break
+                if records and record.seq != records[-1].seq + 1:
+                    break  # trimmed between two looks, or lost for good: end here, and the next read tells of it
                 records.append(record)
                 size += len(record.data)
             else:
@@ -89,7 +128,12 @@ class OutputStore:
                     average = size // len(records) + 1
                     count = min(limit - len(records), max(1, (max_bytes - size) // average), 1000)
                     continue
-            return Page(records, int(first or 1), int(last or 0), _terminal_state(state))
+            first_seq, last_seq = int(first or 1), int(last or 0)
+            if records:
+                last_seq = max(last_seq, records[-1].seq)
+            elif after < last_seq:  # the days of an ended session's output are over
+                first_seq = last_seq + 1
+            return Page(records, first_seq, last_seq)
 
 
 _STATE_FIELDS: Final = ("state", "size", "exit")

@@ -138,3 +138,14 @@ async def test_the_gateways_container_is_joined_to_the_applications_network(redi
         assert await asyncio.to_thread(engine.networks.list, filters=OURS) == []
     finally:
         await asyncio.to_thread(stand_in.remove, force=True)
+
+
+async def test_a_workspace_of_the_same_installation_is_none_of_the_workers_business(on_docker, engine):
+    labels = {"code-sessions.installation": INSTALLATION, "code-sessions.workspace": "ws_a"}
+    workspace = await asyncio.to_thread(
+        engine.containers.run, IMAGE, ["sleep", "600"], detach=True, init=True, labels=labels
+    )
+    try:
+        assert await on_docker.worker.releases.known() == set()
+    finally:
+        await asyncio.to_thread(workspace.remove, force=True)

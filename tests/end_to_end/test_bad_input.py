@@ -124,7 +124,7 @@ def make_key(serve, *scopes, organization=None):
 
 async def expire(serve, key):
     async with connect(serve.data_dir / "run" / "store.sock") as store:
-        await store.hset(f"cs:key:{key['id']}", "expires_at", "1")
+        await store.hset(f"cs:{{keys}}:key:{key['id']}", "expires_at", "1")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """The sidecar's log against a model of the control plane and its store: crashes, loss, repeats, any order of events."""
 
+import json
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -175,3 +177,61 @@ def test_an_unfinished_character_waits_for_its_rest_and_for_the_end_at_most():
         (RecordKind.OUTPUT, b"\xc3"),
         (RecordKind.EXIT, b"{}"),
     ]
+
+
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.binary(min_size=1, max_size=900),
+            st.text(min_size=1, max_size=300).map(str.encode),
+            st.sampled_from(["send", "send and acknowledge", "lose the link", "resize"]),
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_with_drop_oldest_every_byte_is_there_or_counted_in_a_gap_at_its_place(steps):
+    log = OutputLog(window_bytes=2000, ring_bytes=100_000)
+    log.drop_oldest = True
+    produced, stored, acknowledged = b"", [], 0
+    for step in [*steps, "lose the link"]:
+        if isinstance(step, bytes):
+            log.write(step)
+            produced += step
+            assert not log.full
+            assert log.waiting_bytes <= 2000 + 200
+        elif step == "resize":
+            log.note(RecordKind.RESIZE, {})
+        elif step == "lose the link":
+            log.resume(acknowledged)
+            del stored[acknowledged:]
+        else:
+            stored += log.take_batch(max_bytes=500)
+            if stored and step == "send and acknowledge":
+                acknowledged = stored[-1].seq
+                log.acknowledge(acknowledged)
+    log.note(RecordKind.EXIT, {})
+    while batch := log.take_batch():
+        stored += batch
+    position, gaps = 0, 0
+    for record in stored:
+        assert record.offset == position
+        if record.kind is RecordKind.OUTPUT:
+            assert record.data == produced[position : position + len(record.data)]
+            position += len(record.data)
+        elif record.kind is RecordKind.GAP:
+            gaps += 1
+            position += json.loads(record.data)["droppedBytes"]
+    assert position == len(produced)
+    assert [record.seq for record in stored] == list(range(1, len(stored) + 1))
+    assert gaps or len(produced) == sum(record.output_bytes for record in stored)
+
+
+def test_a_gap_begins_and_ends_between_characters():
+    log = OutputLog(window_bytes=1000)
+    log.drop_oldest = True
+    log.write("é".encode() * 1000)
+    gap, text = log.take_batch(max_bytes=10_000)
+    assert gap.kind is RecordKind.GAP
+    assert text.data.decode() == "é" * (len(text.data) // 2)
+    assert json.loads(gap.data)["droppedBytes"] + len(text.data) == 2000

@@ -1,7 +1,10 @@
 """Our WebSocket client against aiohttp's server, and against servers that misbehave."""
 
 import asyncio
+import base64
 import contextlib
+import hashlib
+import re
 
 import pytest
 from aiohttp import WSMsgType, web
@@ -113,20 +116,53 @@ async def test_a_server_that_is_no_websocket_server_is_refused(tmp_path, answer,
         (b"\x82\x05ab", EOFError),  # cut in the middle
     ],
 )
-async def test_broken_frames_end_the_connection_and_nothing_else(frames, error):
-    reader = asyncio.StreamReader()
-    reader.feed_data(frames)
-    reader.feed_eof()
-    with pytest.raises(error):
-        await WebSocket(reader, _NoWriter()).receive()
+async def test_broken_frames_end_the_connection_and_nothing_else(tmp_path, frames, error):
+    async with _server_that_sends(tmp_path, frames) as url:
+        socket = await WebSocket.connect(url, {})
+        with pytest.raises(error):
+            await socket.receive()
+        socket.abort()
 
 
-async def test_a_message_in_several_frames_is_put_together():
-    reader = asyncio.StreamReader()
-    reader.feed_data(b"\x01\x02ab" + b"\x89\x00" + b"\x80\x01c")
-    assert await WebSocket(reader, _NoWriter()).receive() == "abc"
+async def test_a_message_in_several_frames_and_many_pieces_is_put_together(tmp_path):
+    frames = b"\x01\x02ab" + b"\x89\x00" + b"\x80\x01c" + b"\x82\x7e\x01\x00" + b"x" * 256
+    async with _server_that_sends(tmp_path, *(frames[place : place + 1] for place in range(len(frames)))) as url:
+        socket = await WebSocket.connect(url, {})
+        assert await socket.receive() == "abc"
+        assert await socket.receive() == b"x" * 256
+        with pytest.raises(EOFError):
+            await socket.receive()
 
 
-class _NoWriter:
-    def writelines(self, _pieces):
-        pass
+async def test_messages_are_given_in_order_and_an_error_of_who_takes_them_ends_it(tmp_path):
+    taken = []
+
+    def take(message):
+        taken.append(message)
+        if message == "c":
+            raise ProtocolError("enough")
+
+    async with _server_that_sends(tmp_path, b"\x81\x01a\x81\x01b\x81\x01c\x81\x01d") as url:
+        socket = await WebSocket.connect(url, {})
+        assert await socket.receive() == "a"
+        with pytest.raises(ProtocolError, match="enough"):
+            await socket.receive_all(take)
+    assert taken == ["b", "c"]
+
+
+@contextlib.asynccontextmanager
+async def _server_that_sends(tmp_path, *pieces):
+    """Shakes hands as RFC 6455 has it, sends these bytes, and hangs up."""
+
+    async def serve(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        key = re.search("Sec-WebSocket-Key: (.*)\r", head)[1] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        writer.write(f"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: {accept}\r\n\r\n".encode())
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0)
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, str(tmp_path / "s")):
+        yield f"unix://{tmp_path / 's'}"

@@ -41,7 +41,7 @@ async def test_a_secret_leads_to_its_key_on_every_replica(keys, redis):
 async def test_only_a_hash_of_the_secret_is_stored(keys, redis):
     key, secret = await keys.create(name="ci", scopes=[Scope.READ])
     random_part = secret.split("_")[2].encode()
-    fields = await redis.hgetall(f"cs:key:{key.id}")
+    fields = await redis.hgetall(f"cs:{{keys}}:key:{key.id}")
     assert fields[b"secret_hash"].decode() == secrets.digest(secret)
     assert not any(random_part in value for value in fields.values())
 
@@ -240,7 +240,7 @@ async def test_unknown_values_of_an_admin_keys_length_cost_one_look_up_for_all(k
 
 async def test_a_scope_of_a_later_version_is_passed_over(keys, redis):
     key, secret = await keys.create(name="ci", scopes=[Scope.READ])
-    await redis.hset(f"cs:key:{key.id}", "scopes", "code-sessions:read code-sessions:fly")
+    await redis.hset(f"cs:{{keys}}:key:{key.id}", "scopes", "code-sessions:read code-sessions:fly")
     assert (await keys.authenticate(secret)).scopes == {Scope.READ}
 
 

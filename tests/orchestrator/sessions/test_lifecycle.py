@@ -9,9 +9,7 @@ from orchestrator.runtimes.base import WorkspaceSpec, WorkspaceState
 from orchestrator.runtimes.local import LocalRuntime
 from orchestrator.sessions.lifecycle import SessionLifecycle
 from orchestrator.sessions.registry import SessionRegistry
-from orchestrator.tasks import TaskOwner
-from orchestrator.terminal.hub import Hub
-from orchestrator.terminal.output_store import OutputStore
+from tests.orchestrator.terminal.planes import Replica
 
 
 class SlowToStart(LocalRuntime):
@@ -25,12 +23,11 @@ class Plane:
     """The parts of a control plane that a lifecycle needs; no link ever comes up in it."""
 
     def __init__(self, redis, runtime):
-        async def identity():
-            return "same"
-
-        self.runtime, self.tasks, self.registry = runtime, TaskOwner(), SessionRegistry(redis)
-        hub = Hub(OutputStore(redis, retention_bytes=65536), identity)
-        self.lifecycle = SessionLifecycle(self.registry, runtime, hub, self.tasks, create_timeout_s=30)
+        replica = Replica(redis, "replica-a")
+        self.runtime, self.tasks, self.registry = runtime, replica.tasks, SessionRegistry(redis)
+        self.lifecycle = SessionLifecycle(
+            self.registry, runtime, replica.hub, replica.store, self.tasks, create_timeout_s=30
+        )
 
     async def create(self):
         return await self.lifecycle.create(organization_id="org_a", user_id="user_a", name="demo", description="")

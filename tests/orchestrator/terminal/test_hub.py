@@ -1,41 +1,139 @@
+"""Links, wherever they are: several hubs on one real store, whose sidecars answer by themselves."""
+
 import asyncio
+import time
 
-from orchestrator.terminal.hub import Hub
+import pytest
 
-
-class SilentLink:
-    """Its other end is dead: the goodbye to it takes its time."""
-
-    def __init__(self, session_id):
-        self.session_id, self.closed, self.said_goodbye = session_id, asyncio.Event(), False
-
-    def lost(self):
-        self.closed.set()
-
-    async def close(self, _reason):
-        await asyncio.sleep(0.3)
-        self.said_goodbye = True
+from orchestrator.terminal.link import LinkLost
+from sidecar.protocol import Record, RecordKind, encode_records
+from tests.orchestrator.terminal.planes import replicas, until
 
 
-async def test_a_new_link_works_at_once_though_the_older_one_is_dead():
-    hub = Hub(None, None)
-    older, newer = SilentLink("cs_a"), SilentLink("cs_a")
-    await hub.attach(older)
-    async with asyncio.timeout(0.2):
-        await hub.attach(newer)
-    assert hub.link("cs_a") is newer
-    assert older.closed.is_set()
-    assert not hub.detach(older)
-    assert hub.link("cs_a") is newer
-    await hub.close()
-    assert older.said_goodbye
+def record(seq, data=b"x"):
+    return Record(seq, seq - 1, 1000, RecordKind.OUTPUT, data)
 
 
-async def test_dead_links_delay_the_end_once_and_not_each():
-    hub = Hub(None, None)
-    links = [SilentLink(f"cs_{place}") for place in range(20)]
-    for link in links:
-        await hub.attach(link)
-    async with asyncio.timeout(1):
-        await hub.close()
-    assert all(link.said_goodbye for link in links)
+async def nobody_minds():
+    pass
+
+
+async def test_a_newer_link_takes_the_place_of_the_older_at_once(redis):
+    async with replicas(redis, "a") as (one,):
+        older = await one.link_sidecar("cs_a")
+        newer = await one.link_sidecar("cs_a")
+        assert one.hub.link("cs_a") is newer.link
+        assert older.link.closed.is_set()
+        await until(lambda: older.goodbye)
+        assert await one.hub.detach(older.link) is False
+        assert one.hub.link("cs_a") is newer.link
+        assert await one.hub.detach(newer.link) is True
+        assert one.hub.link("cs_a") is None
+        assert not await one.hub.holds("cs_a")
+
+
+async def test_dead_links_delay_the_end_once_and_not_each(redis):
+    async with replicas(redis, "a") as (one,):
+
+        async def slowly(_reason):
+            await asyncio.sleep(0.3)
+
+        for place in range(20):
+            (await one.link_sidecar(f"cs_{place}")).close = slowly
+        async with asyncio.timeout(1):
+            await one.hub.close()
+
+
+async def test_input_reaches_the_replica_that_holds_the_link(redis):
+    async with replicas(redis, "a", "b") as (holder, other):
+        sidecar = await holder.link_sidecar("cs_a")
+        async with other.hub.watching("cs_a"):
+            link = await other.hub.link_within("cs_a", 1, nobody_minds)
+            assert await link.write_input("key", b"ls\n\xff") == 4
+            assert (await link.request("resize", cols=100, rows=30))["op"] == "resize"
+        assert sidecar.typed == {"key": b"ls\n\xff"}
+        assert sidecar.requests == [("resize", {"cols": 100, "rows": 30})]
+
+
+async def test_an_append_on_one_replica_wakes_a_waiter_on_another_within_milliseconds(redis):
+    async with replicas(redis, "a", "b") as (holder, other):
+        sidecar = await holder.link_sidecar("cs_a")
+        delays = []
+        async with other.hub.watching("cs_a") as watch:
+            for seq in range(1, 101):
+                watch.clear()
+                sent = time.monotonic()
+                await sidecar.link.receive(encode_records([record(seq)]))
+                assert await watch.wait(2)
+                delays.append(time.monotonic() - sent)
+        assert sorted(delays)[50] < 0.02, delays
+
+
+async def test_one_subscription_serves_all_waiters_of_a_replica(redis):
+    async with replicas(redis, "a", "b") as (holder, other):
+        sidecar = await holder.link_sidecar("cs_a")
+        woken = []
+
+        async def wait():
+            async with other.hub.watching("cs_a") as watch:
+                woken.append(await watch.wait(4))
+
+        waiting = [asyncio.create_task(wait()) for _ in range(50)]
+        await asyncio.sleep(0.2)
+        (channel, subscribers) = (await redis.pubsub_numsub("cs:{cs_a}:events"))[0]
+        assert (channel, subscribers) == (b"cs:{cs_a}:events", 1)
+        await sidecar.link.receive(encode_records([record(1)]))
+        await asyncio.gather(*waiting)
+        assert woken == [True] * 50
+
+
+async def test_a_request_that_waits_elsewhere_is_told_when_the_sidecar_has_moved(redis):
+    async with replicas(redis, "a", "b", "c") as (holder, other, third):
+        sidecar = await holder.link_sidecar("cs_a")
+        sidecar.silent = True
+        async with other.hub.watching("cs_a"):
+            link = await other.hub.link_within("cs_a", 1, nobody_minds)
+            typing = asyncio.create_task(link.write_input("key", b"x"))
+            await until(lambda: sidecar.typed)
+            moved_to = await third.link_sidecar("cs_a")
+            with pytest.raises(LinkLost):
+                async with asyncio.timeout(2):
+                    await typing
+            again = await other.hub.link_within("cs_a", 1, nobody_minds)
+            assert await again.write_input("key", b"x") == 1
+        assert moved_to.typed == {"key": b"x"}
+        await until(lambda: sidecar.goodbye)  # the replica that held it was told, too
+        assert holder.hub.link("cs_a") is None
+
+
+async def test_a_holder_that_died_is_noticed_by_its_silence(redis):
+    async with replicas(redis, "b") as (other,):
+        async with replicas(redis, "a") as (holder,):
+            await holder.link_sidecar("cs_a")
+        async with other.hub.watching("cs_a"):
+            link = await other.hub.link_within("cs_a", 1, nobody_minds)
+            with pytest.raises(LinkLost):
+                async with asyncio.timeout(4):
+                    await link.write_input("key", b"x")
+            sidecar = await other.link_sidecar("cs_a")
+            assert await other.hub.find("cs_a") is sidecar.link
+
+
+async def test_a_replica_that_missed_messages_lets_go_of_links_that_moved_meanwhile(redis):
+    async with replicas(redis, "a", "b") as (one, two):
+        stale = await one.link_sidecar("cs_a")
+        await redis.set("cs:{cs_a}:link", "b:other")  # as when the message about it was lost
+        assert one.hub.link("cs_a") is stale.link
+        await redis.client_kill_filter(_type="pubsub")
+        await until(lambda: one.hub.link("cs_a") is None)
+        assert two.hub.link("cs_a") is None
+
+
+async def test_what_a_lost_link_had_brought_is_still_appended(redis):
+    async with replicas(redis, "a") as (one,):
+        sidecar = await one.link_sidecar("cs_a")
+        await sidecar.link.receive(encode_records([record(1), record(2)]))
+        sidecar.link.lost()
+        await until(lambda: not sidecar.link._queue)
+        await asyncio.sleep(0.1)
+        assert await one.store.bounds("cs_a") == (1, 2)

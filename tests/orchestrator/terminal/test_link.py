@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from redis.exceptions import ConnectionError as StoreGone
 
-from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused, SidecarLink
+from orchestrator.terminal.live import LiveBudget, LiveLog
 from orchestrator.terminal.output_store import OutputStore
 from sidecar.protocol import (
     STREAM_CREDIT_BYTES,
@@ -19,6 +19,7 @@ from sidecar.protocol import (
     encode_records,
     encode_stream,
 )
+from tests.orchestrator.terminal.planes import session_named
 
 
 class Wire:
@@ -34,6 +35,8 @@ class Wire:
         await self.sent.put(decode_json(message))
 
     async def send_binary(self, message):
+        if self.broken:
+            raise ConnectionResetError
         await self.sent.put(message)
 
     async def close(self, reason):
@@ -55,7 +58,7 @@ async def wired(store):
     async def on_appended(_session_id, records):
         appended.extend(records)
 
-    link = SidecarLink("cs_a", wire, store, on_appended=on_appended)
+    link = SidecarLink(session_named("cs_a"), wire, store, LiveLog(1, 0, LiveBudget()), on_appended=on_appended)
     appending = asyncio.create_task(link.run_appends())
     yield link, wire, appended
     link.lost()
@@ -70,7 +73,7 @@ async def test_records_are_acknowledged_when_the_store_has_them(wired, store):
     link, wire, appended = wired
     await link.receive(encode_records(outputs(1, 3)))
     assert await wire.next() == {"t": "ack", "seq": 3}
-    assert await store.last_seq("cs_a") == 3
+    assert (await store.bounds("cs_a"))[1] == 3
     assert [record.seq for record in appended] == [1, 2, 3]
 
 
@@ -100,7 +103,7 @@ async def test_a_gap_makes_the_sidecar_send_again_and_what_was_under_way_is_pass
     await link.receive(encode_records(outputs(7, 2)))  # sent before the sidecar read the resume
     await link.receive(encode_records(outputs(3, 6)))
     assert await wire.next() == {"t": "ack", "seq": 8}
-    assert await store.last_seq("cs_a") == 8
+    assert (await store.bounds("cs_a"))[1] == 8
 
 
 async def test_an_answer_reaches_who_asked_and_a_refusal_too(wired):
@@ -127,6 +130,19 @@ async def test_whoever_waits_when_the_link_is_lost_is_told(wired):
         await writing
     with pytest.raises(LinkLost):
         await link.request("start")
+
+
+@pytest.mark.parametrize("use", [lambda link: link.write_input("", b"x"), lambda link: link.request("start")])
+async def test_a_link_that_cannot_send_is_lost_for_everybody_at_once(wired, use):
+    link, wire, _ = wired
+    waiting = asyncio.create_task(link.write_input("", b"sent before"))
+    await wire.next()
+    wire.broken = True
+    with pytest.raises(LinkLost):
+        await use(link)
+    assert link.closed.is_set(), "the next try would get it again"
+    with pytest.raises(LinkLost):
+        await waiting
 
 
 async def test_who_stops_waiting_cancels_the_request(wired):
@@ -172,19 +188,3 @@ async def test_a_stream_past_its_credit_is_a_breach_of_the_protocol(wired):
 async def test_frames_of_no_protocol_are_refused(wired, message):
     with pytest.raises(ProtocolError):
         await wired[0].receive(message)
-
-
-async def test_a_newer_link_of_the_same_session_takes_the_place_of_the_older(store):
-    async def identity():
-        return "same"
-
-    hub = Hub(store, identity)
-    older, newer = (SidecarLink("cs_a", Wire(), store, on_appended=None) for _ in range(2))
-    await hub.attach(older)
-    await hub.attach(newer)
-    assert hub.link("cs_a") is newer
-    assert older.closed.is_set()
-    assert hub.detach(older) is False
-    assert hub.link("cs_a") is newer
-    assert hub.detach(newer) is True
-    assert hub.link("cs_a") is None

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from orchestrator.models import TerminalState
-from orchestrator.terminal.output_store import OutputStore
+from orchestrator.sessions.terminals import Output
+from orchestrator.terminal.output_store import LogClosed, OutputStore, events_channel, record_facts
 from sidecar.protocol import Record, RecordKind
 
 RETENTION = 64 * 1024
@@ -52,7 +53,7 @@ async def test_a_gap_is_refused_and_the_answer_says_where_the_store_stands(store
     await store.append("cs_a", outputs(1, 3))
     appended = await store.append("cs_a", outputs(5, 3))
     assert (appended.complete, appended.last_seq) == (False, 3)
-    assert await store.last_seq("cs_a") == 3
+    assert (await store.bounds("cs_a"))[1] == 3
 
 
 async def test_two_writers_that_both_believe_to_own_a_session_do_no_harm(store):
@@ -119,3 +120,62 @@ async def test_after_a_loss_that_nothing_can_heal_the_log_goes_on_and_says_what_
     page = await store.read("cs_a", after=5, limit=10)
     assert page.records[0].seq == 10
     assert page.first_seq == 10
+    before = Output(await store.read("cs_a", after=0, limit=10), 0)
+    assert [record.seq for record in before.page.records] == [1, 2, 3, 4, 5], "nothing is skipped within a page"
+    assert (before.truncated, before.has_more) == (False, True)
+    behind = Output(await store.read("cs_a", after=5, limit=10), 5)
+    assert (behind.truncated, behind.last_seq) == (True, 11)
+
+
+async def test_a_closed_log_takes_nothing_more_and_says_that_the_terminal_was_lost(store):
+    await store.append("cs_a", [event(1, RecordKind.START, b'{"cols":80,"rows":24}'), *outputs(2, 1, offset=0)])
+    for _ in range(2):
+        await store.close("cs_a", lost_reason="the machine was switched off", at_ms=5)
+    with pytest.raises(LogClosed):
+        await store.append("cs_a", outputs(3, 1))
+    page = await store.read("cs_a", after=0, limit=10)
+    lost = page.records[-1]
+    assert (lost.seq, lost.kind, lost.offset) == (3, RecordKind.EXIT, 10)
+    assert lost.time_ms == 1002, "times never run backwards in a log"
+    assert record_facts(lost.data) == {"lost": "the machine was switched off"}
+    state = await store.terminal_state("cs_a")
+    assert (state.state, state.exit) == ("lost", {"lost": "the machine was switched off"})
+
+
+async def test_an_end_that_is_in_the_log_stays_the_only_one(store):
+    await store.append("cs_a", [event(1, RecordKind.START, b"{}"), event(2, RecordKind.EXIT, b'{"exitCode":0}')])
+    await store.close("cs_a", lost_reason="never said", at_ms=5)
+    assert await store.bounds("cs_a") == (1, 2)
+    assert (await store.terminal_state("cs_a")).state == "exited"
+    await store.close("cs_never", lost_reason="no terminal ever came up", at_ms=5)
+    assert await store.bounds("cs_never") == (1, 0)
+
+
+async def test_days_after_the_end_the_output_goes_and_readers_are_told(redis):
+    store = OutputStore(redis, retention_bytes=RETENTION, retention_days=1 / 86400)
+    await store.append("cs_a", outputs(1, 5))
+    await store.close("cs_a", lost_reason="", at_ms=5)
+    async with asyncio.timeout(5):
+        while (page := await store.read("cs_a", after=2, limit=10)).records:
+            await asyncio.sleep(0.05)
+    assert (page.first_seq, page.last_seq) == (6, 5)
+    assert Output(page, 2).truncated
+    assert not Output(await store.read("cs_a", after=5, limit=10), 5).truncated
+
+
+async def test_an_append_tells_whoever_listens(store, redis):
+    async with redis.pubsub() as listening:
+        await listening.subscribe(events_channel("cs_a"))
+        await listening.get_message(timeout=5)
+        await store.append("cs_a", outputs(1, 3))
+        await store.append("cs_a", outputs(1, 3))  # nothing new: nobody is woken
+        await store.append("cs_a", outputs(4, 1))
+        heard = [(await listening.get_message(timeout=5))["data"] for _ in range(2)]
+    assert heard == [b"3", b"4"]
+
+
+async def test_tiny_chunks_count_enough_that_they_cannot_fill_the_stores_memory(store, redis):
+    for first in range(1, 20_001, 1000):
+        await store.append("cs_a", [Record(first + i, first + i, 1000, RecordKind.OUTPUT, b"x") for i in range(1000)])
+    assert await redis.memory_usage("cs:{cs_a}:log") < 8 * RETENTION
+    assert (await store.bounds("cs_a"))[0] > 10_000

@@ -1,6 +1,7 @@
 """Archives of workspaces: kept by their hash, and unpacked as the hostile input that they are."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -8,9 +9,12 @@ import secrets
 import shutil
 import stat
 import struct
+import time
 import unicodedata
 import zipfile
 import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -18,11 +22,13 @@ from typing import BinaryIO, Final
 from deploy_pipeline.errors import ArchiveRefused
 
 _MIB: Final = 1024 * 1024
+_ABANDONED_S: Final = 3600
 _COPY_BYTES: Final = 256 * 1024
 _LINK_TARGET_BYTES: Final = 4096  # PATH_MAX
 _NAME_BYTES: Final = 255  # NAME_MAX
 _DIRECTORY_BYTES_PER_ENTRY: Final = 46 + 2 * 1024  # APPNOTE 4.3.12: the fixed part, and room for name and extra field
 _END: Final = struct.Struct("<4s4H2LH")  # APPNOTE 4.3.16: end of central directory record
+_LOCAL_HEADER_BYTES: Final = 30  # APPNOTE 4.3.7, without the name
 _ZIP64_LOCATOR_BYTES: Final = 20
 _ENCRYPTED: Final = 0x1
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -74,7 +80,7 @@ class ArchiveWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        digest = self._hash.hexdigest()
+        digest = self.sha256
         self._temporary.replace(self._folder / f"{digest}.zip")  # one that is there already has the same bytes
         folder = os.open(self._folder, os.O_RDONLY)
         try:
@@ -82,6 +88,23 @@ class ArchiveWriter:
         finally:
             os.close(folder)
         return digest, self._bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what was written."""
+        return self._bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def close_unnamed(self) -> Path:
+        """End the writing without keeping it as an archive: the file, which is the caller's to remove."""
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+        return self._temporary
 
     def abort(self) -> None:
         """Forget what was written."""
@@ -97,9 +120,14 @@ class ArchiveStore:
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self._folder, self.limits = folder, limits or Limits()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_abandoned(folder)
 
-    def writer(self) -> ArchiveWriter:
-        return ArchiveWriter(self._folder, self.limits)
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def writer(self, limits: Limits | None = None) -> ArchiveWriter:
+        return ArchiveWriter(self._folder, limits or self.limits)
 
     def path(self, sha256: str) -> Path:
         """Where the archive is.
@@ -108,9 +136,37 @@ class ArchiveStore:
             ArchiveRefused: there is none with this hash.
         """
         path = self._folder / f"{sha256}.zip"
-        if _SHA256.fullmatch(sha256) is None or not path.is_file():
+        if not is_sha256(sha256) or not path.is_file():
             raise ArchiveRefused("The workspace's archive is no longer stored; deploy again.")
         return path
+
+    @asynccontextmanager
+    async def local(self, sha256: str) -> AsyncIterator[Path]:
+        """The archive as a file of this machine, meanwhile.
+
+        Raises:
+            ArchiveRefused: there is none with this hash, or it is not what it was.
+            ArchivesUnavailable: the store cannot be reached.
+        """
+        yield self.path(sha256)
+
+    async def remove(self, sha256: str) -> None:
+        """Forget an archive; already gone is success."""
+        if is_sha256(sha256):
+            await asyncio.to_thread((self._folder / f"{sha256}.zip").unlink, missing_ok=True)
+
+
+def is_sha256(text: str) -> bool:
+    return _SHA256.fullmatch(text) is not None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What a process that was killed had not finished. An hour old: no archive takes that long."""
+    oldest = time.time() - _ABANDONED_S
+    for path in (*folder.glob(".*.part"), *folder.glob(".preview-*")):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def extract(archive: Path, destination: Path, limits: Limits | None = None) -> int:
@@ -153,6 +209,20 @@ def _check_directory_size(file: BinaryIO, limits: Limits) -> None:
         raise ArchiveRefused(f"The archive has more than {limits.files} files.")
 
 
+def _check_overlaps(entries: list[zipfile.ZipInfo], directory_start: int) -> None:
+    """Refuse entries that share bytes: thousands of them can unpack one small piece, each within every limit.
+
+    Python's zipfile looks for that, too, but only from 3.11.8 on (CVE-2024-0450).
+    """
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            raise ArchiveRefused(f"The archive is damaged: {_shown(entry.filename)} shares bytes with another entry.")
+        end = entry.header_offset + _LOCAL_HEADER_BYTES + entry.compress_size
+    if end > directory_start:
+        raise ArchiveRefused("The archive is damaged: an entry reaches into the directory.")
+
+
 class _Extraction:
     """One archive being unpacked: what was seen so far, and how much."""
 
@@ -168,6 +238,7 @@ class _Extraction:
             raise ArchiveRefused(f"The archive has more than {self._limits.files} files.")
         if sum(entry.file_size for entry in entries) > self._limits.unpacked_bytes:
             raise self._too_large()  # by its own account, before anything is written
+        _check_overlaps(entries, self._archive.start_dir)
         links: list[tuple[str, str]] = []
         for entry in entries:
             kind = self._kind(entry)

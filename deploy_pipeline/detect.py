@@ -2,7 +2,7 @@
 
 The first that fits decides:
 
-1. `deploy.toml` (or `app.json`) may name the `kind`, and `build`, `start`, `root` and `health_path` of any kind.
+1. `deploy.toml` (or `app.json`) may name the `kind`, and for any kind the rest of `ProjectSettings`.
 2. `Dockerfile`: built as it is.
 3. `Procfile`: its `web:` line.
 4. `index.html` in the project's folder, and nothing beside it that declares a server or a build.
@@ -16,28 +16,30 @@ to that application. Serving the folder instead would publish the program's sour
 of assets to an Express server, so a server found goes before it. `kind = "static"` in `deploy.toml` overrules both.
 """
 
-import json
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from deploy_pipeline.errors import NotDeployable
-from deploy_pipeline.python_entry import PythonEntry, find_entry
+from deploy_pipeline.project_settings import (
+    MANIFEST_BYTES,
+    Kind,
+    ProjectSettings,
+    project_settings,
+    read_json,
+    read_text,
+    read_toml,
+)
+from deploy_pipeline.python_entry import ENTRY_NAMES, PythonEntry, find_entry
 
 SITE_FOLDERS: Final = ("public", "dist", "build")
 _NODE_SITE_FOLDERS: Final = ("dist", "build", "out", "public")  # where Vite, CRA, Next's export and others write
-_MANIFEST_BYTES: Final = 1024 * 1024
-
-
-class Kind(StrEnum):
-    DOCKERFILE = "dockerfile"
-    PROCFILE = "procfile"
-    STATIC = "static"
-    PYTHON = "python"
-    NODE = "node"
+# Everything whose content is looked at here: names, how many folders down, and how much of each.
+READ_NAMES: Final = ("deploy.toml", "app.json", "Procfile", "package.json", "pyproject.toml", *ENTRY_NAMES)
+READ_DEPTH: Final = 1
+READ_BYTES: Final = MANIFEST_BYTES
+_SHELL: Final = ("/bin/sh", "-c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,13 @@ class Plan:
     venv: bool = False  # a virtual environment at ../venv comes before the first build step
     roots: tuple[str, ...] = ()  # static: the site's folder, the first of these with an index.html after the build
     health_path: str = "/"
+    port: int | None = None  # where it listens in its container; None: at the usual place
+    env: dict[str, str] = field(default_factory=dict)
 
     def start_at(self, host: str, port: int) -> tuple[str, ...]:
-        """`start` with the place to listen filled in."""
+        """`start` with the place to listen filled in. The project's own line stays as it is."""
+        if self.start[:2] == _SHELL:
+            return self.start
         return tuple(part.replace("{host}", host).replace("{port}", str(port)) for part in self.start)
 
 
@@ -66,23 +72,30 @@ def detect(folder: Path) -> Plan:
     Raises:
         NotDeployable: nothing is recognised, or a file that describes the project makes no sense.
     """
-    wishes = _wishes(folder)
-    named = wishes.get("kind")
-    if named is not None:
-        try:
-            kind = Kind(named)
-        except ValueError:
-            raise NotDeployable(f"kind = {named!r} is none of {', '.join(Kind)}.") from None
-        plan = _FINDERS[kind](folder)
-        if plan is None and not wishes.get("start"):
-            raise NotDeployable(f"The project says that its kind is {kind}, but does not look like it.")
-        return _with_wishes(plan or Plan(kind), wishes)
+    wanted = project_settings(folder)
+    if wanted.kind is not None:
+        plan = _FINDERS[wanted.kind](folder)
+        if plan is None and (wanted.start is None or wanted.kind is Kind.DOCKERFILE):
+            raise NotDeployable(f"The project says that its kind is {wanted.kind}, but does not look like it.")
+        return _as_wanted(plan or Plan(wanted.kind), wanted)
     plan = _first_fit(folder)
-    if plan is None and wishes.get("start"):
+    if wanted.start is not None and (plan is None or plan.kind is Kind.STATIC):
         plan = _dependencies(folder)
     if plan is None:
         raise NotDeployable(_nothing_found(folder))
-    return _with_wishes(plan, wishes)
+    return _as_wanted(plan, wanted)
+
+
+def command_line(step: tuple[str, ...]) -> str:
+    """For people: the project's own line as it was written."""
+    return step[2] if step[:2] == _SHELL else " ".join(step)
+
+
+def refusal_by_local_runtime(plan: Plan) -> str:
+    """Why the local runtime cannot run it; empty: it can."""
+    if plan.kind is Kind.DOCKERFILE:
+        return "A Dockerfile project needs the docker runtime: this installation runs applications as plain processes."
+    return ""
 
 
 def site_root(folder: Path, plan: Plan) -> Path:
@@ -96,7 +109,7 @@ def site_root(folder: Path, plan: Plan) -> Path:
         if root.is_relative_to(folder.resolve()) and (root / "index.html").is_file():
             return root
     places = ", ".join(f"{name}/" if name != "." else "the project's folder" for name in plan.roots)
-    raise NotDeployable(f"There is no index.html in {places}.")
+    raise NotDeployable(f"There is no index.html in {places}.{_hint(folder)}")
 
 
 def _first_fit(folder: Path) -> Plan | None:
@@ -120,7 +133,7 @@ def _dockerfile(folder: Path) -> Plan | None:
 def _procfile(folder: Path) -> Plan | None:
     if not (folder / "Procfile").is_file():
         return None
-    for line in _read(folder / "Procfile").splitlines():
+    for line in read_text(folder / "Procfile").splitlines():
         name, _, command = line.partition(":")
         if name.strip() == "web" and command.strip():
             return replace(_dependencies(folder), start=_shell(command.strip()))
@@ -182,7 +195,7 @@ def _pip_install(folder: Path, extra: tuple[str, ...]) -> tuple[tuple[str, ...],
     if (folder / "requirements.txt").is_file():
         return ((*install, "-r", "requirements.txt", *extra),)
     if (folder / "pyproject.toml").is_file():
-        project = _toml(folder / "pyproject.toml")
+        project = read_toml(folder / "pyproject.toml")
         if "build-system" in project:
             return ((*install, ".", *extra),)
         # Without a build system the dependencies are wanted, but the folder need not be an installable package.
@@ -235,45 +248,27 @@ _FINDERS: Final[dict[Kind, Callable[[Path], Plan | None]]] = {
 }
 
 
-def _wishes(folder: Path) -> dict[str, str]:
-    """What `deploy.toml`, else `app.json`, says. Other keys of `app.json` are somebody else's and are ignored."""
-    known = ("kind", "build", "start", "root", "health_path")
-    if (folder / "deploy.toml").is_file():
-        found = _toml(folder / "deploy.toml")
-        if unknown := sorted(set(found) - set(known)):
-            raise NotDeployable(f"deploy.toml: unknown key {unknown[0]!r}; known are {', '.join(known)}.")
-    elif (folder / "app.json").is_file():
-        found = _json(folder / "app.json")
-    else:
-        return {}
-    for key in known:
-        if key in found and not (isinstance(found[key], str) and found[key]):
-            raise NotDeployable(f"{key} has to be a text that is not empty.")
-    return {key: found[key] for key in known if key in found}
-
-
-def _with_wishes(plan: Plan, wishes: dict[str, str]) -> Plan:
-    if "build" in wishes:
-        plan = replace(plan, build=(*plan.build, _shell(wishes["build"])))
-    if "start" in wishes and plan.kind is not Kind.STATIC:
-        plan = replace(plan, start=_shell(wishes["start"]))
-    if "root" in wishes:
-        plan = replace(plan, roots=(wishes["root"],))
-    if "health_path" in wishes:
-        path = wishes["health_path"]
-        if not path.startswith("/") or any(character <= " " for character in path):
-            raise NotDeployable(f"health_path = {path!r} is not a path that starts with a slash.")
-        plan = replace(plan, health_path=path)
-    return plan
+def _as_wanted(plan: Plan, wanted: ProjectSettings) -> Plan:
+    if wanted.build is not None:
+        if plan.kind is Kind.DOCKERFILE:
+            raise NotDeployable("build: a Dockerfile has the build's steps itself.")
+        plan = replace(plan, build=(*plan.build, _shell(wanted.build)))
+    if wanted.start is not None:
+        plan = replace(plan, start=_shell(wanted.start))
+    if wanted.root is not None:
+        if plan.kind is not Kind.STATIC:
+            raise NotDeployable(f'root: only a static site has one, and this is detected as {plan.kind}; see "kind".')
+        plan = replace(plan, roots=(wanted.root,))
+    return replace(plan, health_path=wanted.health_path or plan.health_path, port=wanted.port, env=wanted.env)
 
 
 def _shell(line: str) -> tuple[str, ...]:
     """The owner's own command line; nothing of ours is ever put into it."""
-    return ("/bin/sh", "-c", line)
+    return (*_SHELL, line)
 
 
 def _package_json(folder: Path) -> dict[str, Any] | None:
-    return _json(folder / "package.json") if (folder / "package.json").is_file() else None
+    return read_json(folder / "package.json") if (folder / "package.json").is_file() else None
 
 
 def _scripts(manifest: dict[str, Any] | None) -> dict[str, Any]:
@@ -285,35 +280,22 @@ def _is_inside(folder: Path, name: str) -> bool:
     return (folder / name).resolve().is_relative_to(folder.resolve())
 
 
-def _read(path: Path) -> str:
-    with path.open("rb") as file:
-        return file.read(_MANIFEST_BYTES).decode("utf-8", "replace").removeprefix("\ufeff")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise NotDeployable(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise NotDeployable(f"{path.name} is not a JSON object.")
-    return value
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise NotDeployable(f"{path.name} is not valid TOML: {error}") from error
-
-
 def _nothing_found(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "The workspace is empty: there is nothing to deploy."
+    hint = _hint(folder)
     some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")  # noqa: PLR2004 - enough to recognise it
     return (
         "Nothing says how to run this project. Expected one of: Dockerfile, Procfile, index.html, a Python entry "
         "(main.py, app.py or server.py), package.json with a start script, or a deploy.toml with a start line. "
-        f"Found: {some}"
+        f"Found: {some}.{hint}"
     )
+
+
+def _hint(folder: Path) -> str:
+    """A folder that was built may be missing because an ignore file names it, as .gitignore usually does."""
+    for name in (".deployignore", ".dockerignore", ".gitignore"):
+        if (folder / name).is_file():
+            return f" What {name} names was not deployed; the deploy preview lists it."
+    return ""

@@ -10,6 +10,7 @@ PipelineError
   ForbiddenChange     the table of states has no such change: a bug in the caller
   DeployFailed        it ends the deployment as failed, with this reason
     ArchiveRefused      the archive is damaged, too large, or tries something
+    ArchivesUnavailable the store of archives cannot be reached
     NotDeployable       nothing in it says how to run it, or not on this runtime
     BuildFailed         a build step failed, or took too long
     StartFailed         it was built, but does not answer
@@ -55,6 +56,10 @@ class DeployFailed(PipelineError):
 
 class ArchiveRefused(DeployFailed):
     """The archive is not what a workspace may send."""
+
+
+class ArchivesUnavailable(DeployFailed):
+    """The store of archives cannot be reached; deploying again may work."""
 
 
 class NotDeployable(DeployFailed):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 _SOURCE_BYTES: Final = 512 * 1024  # an entry file is small; a parser fed with more only costs memory
-_ENTRY_NAMES: Final = ("main.py", "app.py", "server.py", "wsgi.py", "asgi.py")
+ENTRY_NAMES: Final = ("main.py", "app.py", "server.py", "wsgi.py", "asgi.py")
 _PLAIN_NAMES: Final = ("main.py", "app.py", "server.py")
 _FACTORIES: Final = ("create_app", "make_app")
 # What is called to make an application: (interface, package on the index)
@@ -58,7 +58,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
     """The project's folder first; then packages in it: app/main.py, and Django's <project>/wsgi.py."""
     below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
     for parent in (folder, *below):
-        for name in _ENTRY_NAMES:
+        for name in ENTRY_NAMES:
             path = parent / name
             if path.is_file() and not path.is_symlink():
                 yield path

@@ -57,8 +57,8 @@ class Releases:
         """
         await self.discard(deployment.app_id, deployment.id)
         folder = self._apps_dir / deployment.app_id / deployment.id
-        archive = self._archives.path(deployment.archive_sha256)
-        await asyncio.to_thread(extract, archive, folder / "src", self._archives.limits)
+        async with self._archives.local(deployment.archive_sha256) as archive:
+            await asyncio.to_thread(extract, archive, folder / "src", self._archives.limits)
         plan = await asyncio.to_thread(detect, folder / "src")
         release = Release(
             app_id=app.id,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import structlog
 from redis.exceptions import RedisError
 
-from deploy_pipeline.archive import ArchiveStore
-from deploy_pipeline.builders.base import BuildLog, Release, Runtime
+from deploy_pipeline.archive_s3 import open_archives
+from deploy_pipeline.builders.base import BuildLimits, BuildLog, Release, Runtime
 from deploy_pipeline.builders.docker import DockerRuntime
 from deploy_pipeline.builders.local import LocalRuntime
 from deploy_pipeline.errors import CancelRequested, DeployFailed, EngineUnavailable, LostClaim
@@ -59,6 +59,9 @@ class WorkerConfig:
     healthy_within_s: float = HEALTHY_WITHIN_S
     drain_s: float = DRAIN_S
     lease_s: float = LEASE_S
+    archive_url: str = ""  # "s3://bucket/prefix" instead of the folder; see `open_archives`
+    archive_endpoint_url: str = ""
+    build_allowed_hosts: frozenset[str] = frozenset()  # see BuildLimits
 
     @property
     def archives_dir(self) -> Path:
@@ -83,7 +86,7 @@ class Worker:
             self._routes,
             self._orders,
             self._logs,
-            ArchiveStore(config.archives_dir),
+            open_archives(config.archives_dir, config.archive_url, config.archive_endpoint_url),
             config.apps_dir,
             healthy_within_s=config.healthy_within_s,
             drain_s=config.drain_s,
@@ -298,7 +301,10 @@ class Worker:
 def make_runtime(config: WorkerConfig) -> Runtime:
     if config.runtime == "docker":
         return DockerRuntime(
-            app_image=config.app_image, installation=config.installation, gateway_container=config.gateway_container
+            app_image=config.app_image,
+            installation=config.installation,
+            gateway_container=config.gateway_container,
+            build_limits=BuildLimits(allowed_hosts=config.build_allowed_hosts),
         )
     return LocalRuntime(config.apps_dir)
 

@@ -12,24 +12,25 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from deploy_pipeline.archive import ArchiveStore
+from deploy_pipeline.archive_s3 import open_archives
 from deploy_pipeline.logs import LogStore
 from deploy_pipeline.orders import Orders
 from deploy_pipeline.queue import DeploymentQueue
 from orchestrator.access.keys import KeyStore
 from orchestrator.access.rate_limit import RateLimiter
 from orchestrator.access.tickets import TicketStore
-from orchestrator.api import apps, attach, logs, output_stream, recording, sessions, terminal, tickets
+from orchestrator.api import apps, attach, logs, output_stream, previews, recording, sessions, terminal, tickets
 from orchestrator.api import deployments as deployments_api
 from orchestrator.api.auth import setup_auth
 from orchestrator.api.body import MAX_BODY_BYTES
 from orchestrator.api.health import health_routes
-from orchestrator.api.keys import APPS, DEPLOYMENTS, LIFECYCLE, LOGS, REGISTRY, SETTINGS, TERMINALS
+from orchestrator.api.keys import APPS, DEPLOYMENTS, LIFECYCLE, LOGS, PREVIEWS, REGISTRY, SETTINGS, TERMINALS
 from orchestrator.api.live import setup_live
 from orchestrator.api.problems import setup_problems
 from orchestrator.api.runner import ProblemAppRunner
 from orchestrator.deployments.apps import Apps
 from orchestrator.deployments.logs import Logs
+from orchestrator.deployments.previews import Previews
 from orchestrator.deployments.service import Deployments
 from orchestrator.runtimes.base import WorkspaceRuntime
 from orchestrator.runtimes.local import LocalRuntime
@@ -104,6 +105,7 @@ class _Services:
     lifecycle: SessionLifecycle
     terminals: Terminals
     deployments: Deployments
+    previews: Previews
 
 
 def _services(settings: Settings, redis: StoreClient, runtime: WorkspaceRuntime, tasks: TaskOwner) -> _Services:
@@ -116,10 +118,11 @@ def _services(settings: Settings, redis: StoreClient, runtime: WorkspaceRuntime,
     hub = Hub(output, bus, LinkDirectory(redis, replica_id), tasks, lambda: store_identity(redis))
     lifecycle = SessionLifecycle(registry, runtime, hub, output, tasks, create_timeout_s=settings.create_timeout_s)
     terminals = Terminals(registry, hub, output)
-    archives = ArchiveStore(settings.data_dir.absolute() / "archives")
+    archives = open_archives(settings.archives_dir, settings.archive_url, settings.archive_endpoint_url)
     consumer = f"control-plane-{replica_id}"
     deployments = Deployments(registry, terminals, DeploymentQueue(redis), archives, consumer=consumer)
-    return _Services(output, bus, hub, registry, lifecycle, terminals, deployments)
+    previews_of = Previews(registry, terminals, archives, settings.runtime)
+    return _Services(output, bus, hub, registry, lifecycle, terminals, deployments, previews_of)
 
 
 @asynccontextmanager
@@ -139,12 +142,13 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         app[TERMINALS], app[DEPLOYMENTS] = services.terminals, services.deployments
         app[APPS] = Apps(services.deployments, DeploymentQueue(redis), Orders(redis))
         app[LOGS] = Logs(services.deployments, LogStore(redis))
+        app[PREVIEWS] = services.previews
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
         setup_live(app)
         app[tickets.TICKETS] = TicketStore(redis)
         terminals_api = (sessions, terminal, output_stream, tickets, attach, recording)
-        for module in (*terminals_api, deployments_api, apps, logs):
+        for module in (*terminals_api, deployments_api, previews, apps, logs):
             module.add_routes(app.router)
         app.add_routes(health_routes({"store": redis.ping, "runtime": runtime.check}))
 

@@ -24,6 +24,7 @@ OrchestratorError
     AppIsRemoved                app-is-removed
     AppNotStarted               app-not-started
     ReleaseNotKept              release-not-kept
+    WorkspaceNotArchivable      workspace-not-archivable
   UpgradeRequired           426 upgrade-required
   RateLimited               429 rate-limited
   Unavailable               503 unavailable
@@ -143,6 +144,10 @@ class AppNotStarted(Conflict):
 
 class ReleaseNotKept(Conflict):
     code, title = "release-not-kept", "There is no such release to go back to"
+
+
+class WorkspaceNotArchivable(Conflict):
+    code, title = "workspace-not-archivable", "The workspace's files cannot be archived"
 
 
 class UpgradeRequired(OrchestratorError):

@@ -1,7 +1,9 @@
 """The only reader of the environment. Every setting is `CODE_SESSIONS_<NAME>`; README has the table."""
 
 import hashlib
+import importlib.util
 import os
+import re
 import tempfile
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -63,6 +65,11 @@ class Settings(BaseSettings):
     workspace_pids: Annotated[int, Field(ge=16)] = 512
     link_dir: Path | None = None  # where the sidecars' socket is; default: below the data folder
     link_mount: str = ""  # what Docker mounts as that folder: a volume's name when `serve` runs in a container
+    archive_url: str = ""  # "s3://bucket/prefix"; empty: a folder below the data folder
+    archive_endpoint_url: str = ""
+    build_allowed_hosts: str = (
+        ""  # names (or name:port), with commas between, that builds may reach in private networks
+    )
     gateway_container: str = ""  # compose: the container that the worker joins to each application's network
 
     @model_validator(mode="after")
@@ -116,6 +123,10 @@ class Settings(BaseSettings):
         return self.gateway_public_url or f"http://{{app}}.localhost:{self.gateway_port}/"
 
     @property
+    def archives_dir(self) -> Path:
+        return self.data_dir.absolute() / "archives"
+
+    @property
     def run_dir(self) -> Path:
         """Short enough for Unix sockets: below the data folder, else in the temporary folder."""
         inside = self.data_dir / "run"
@@ -164,6 +175,12 @@ def load_settings(**overrides: object) -> Settings:
     for name, url in (("PUBLIC_URL", settings.public_url), ("GATEWAY_PUBLIC_URL", settings.gateway_public_url)):
         if url and urlsplit(url).scheme not in {"http", "https"}:
             raise SettingsError(f"CODE_SESSIONS_{name}: not an http(s) URL: {url}")
+    if settings.archive_url and not re.fullmatch(r"s3://[^/\s]+(/\S*)?", settings.archive_url):
+        raise SettingsError(
+            f"CODE_SESSIONS_ARCHIVE_URL: not a bucket's URL (s3://bucket/prefix): {settings.archive_url}"
+        )
+    if settings.archive_url and importlib.util.find_spec("boto3") is None:
+        raise SettingsError("CODE_SESSIONS_ARCHIVE_URL: archives in a bucket need boto3: install code-sessions[s3]")
     for origin in settings.origins:
         parts = urlsplit(origin)
         if not parts.netloc or parts.path or parts.query:

@@ -102,7 +102,9 @@ async def run(config: Config) -> None:
     terminal = Terminal(
         log, reaper, config.user, home=config.home, project_dir=config.project_dir, env=shell_environment(config)
     )
-    link = Link(config.link, log, terminal, lambda: ArchiveStream(config.project_dir, config.user, reaper))
+    link = Link(
+        config.link, log, terminal, lambda preview: ArchiveStream(config.project_dir, config.user, reaper, preview)
+    )
     terminal.on_output = link.pump
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

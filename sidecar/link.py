@@ -71,7 +71,11 @@ class _Credit:
 
 class Link:
     def __init__(
-        self, config: LinkConfig, log: OutputLog, terminal: Terminal, make_archive: Callable[[], ArchiveStream]
+        self,
+        config: LinkConfig,
+        log: OutputLog,
+        terminal: Terminal,
+        make_archive: Callable[[JsonObject | None], ArchiveStream],
     ) -> None:
         self._config, self._log, self._terminal, self._make_archive = config, log, terminal, make_archive
         self._socket: WebSocket | None = None
@@ -245,16 +249,18 @@ class Link:
         if name == "signal":
             self._terminal.signal(str(args.get("signal")))
         elif name == "archive":
-            return await self._send_archive(socket, integer(request, "id"))
+            return await self._send_archive(socket, integer(request, "id"), None)
+        elif name == "preview":
+            return await self._send_archive(socket, integer(request, "id"), args)
         elif name == "shutdown":
             self.shutdown_requested.set()
         else:
             raise Refused("unknown-operation", f"this sidecar does not know the operation {name!r}")
         return {}
 
-    async def _send_archive(self, socket: WebSocket, stream_id: int) -> JsonObject:
+    async def _send_archive(self, socket: WebSocket, stream_id: int, preview: JsonObject | None) -> JsonObject:
         credit = self._credits[stream_id] = _Credit()
-        archive = self._make_archive()
+        archive = self._make_archive(preview)
         pieces = archive.pieces()
         try:
             async for piece in pieces:

@@ -14,10 +14,27 @@ from deploy_pipeline.detect import Plan
 from deploy_pipeline.jobs import LOG_LINE_CHARACTERS, LOG_TAIL_LINES
 from deploy_pipeline.routing import Target
 
-BUILD_TIMEOUT_S: Final = 15 * 60.0
 STOP_GRACE_S: Final = 10.0
 _LOG_BYTES: Final = 4 * 1024 * 1024
 _TAIL_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BuildLimits:
+    """What one build may use, all of its processes together."""
+
+    memory_bytes: int = 2048 * 1024 * 1024
+    cpus: float = 2.0  # not held to by the local runtime
+    processes: int = 1024
+    timeout_s: float = 15 * 60.0
+    # Names (or name:port) that a build may reach although their address is not public: registries of the operator's.
+    allowed_hosts: frozenset[str] = frozenset()
+
+    def too_many_processes(self) -> str:
+        return f"The build started more than {self.processes} processes at once and was stopped."
+
+    def too_much_memory(self) -> str:
+        return f"The build ran out of memory: it may use {self.memory_bytes // (1024 * 1024)} MiB."
 
 
 class Release(BaseModel):

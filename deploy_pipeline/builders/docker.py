@@ -5,33 +5,38 @@ Everything that is made carries labels that say what it belongs to. docker-py bl
 
 import asyncio
 import contextlib
-import json
-import os
+import dataclasses
+import hashlib
 import random
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
-from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import docker
 from docker.errors import APIError, DockerException, NotFound
-from docker.types import IPAMConfig, IPAMPool, LogConfig
+from docker.types import LogConfig
 from requests.exceptions import RequestException
 
-from deploy_pipeline.builders.base import BUILD_TIMEOUT_S, STOP_GRACE_S, BuildLog, LogPiece, Release, RunState, Runtime
+from deploy_pipeline.builders.base import STOP_GRACE_S, BuildLimits, BuildLog, LogPiece, Release, RunState, Runtime
+from deploy_pipeline.builders.docker_build import (
+    BuildOrder,
+    build_image,
+    build_network_name,
+    create_network,
+    remove_network,
+)
 from deploy_pipeline.builders.dockerfile import HOST, PORT, dockerfile_for
-from deploy_pipeline.builders.processes import MARK, inherited_environment, kill_release, run_step
-from deploy_pipeline.detect import Kind
+from deploy_pipeline.builders.processes import kill_release
 from deploy_pipeline.errors import DeployFailed, EngineUnavailable, StartFailed
 from deploy_pipeline.jobs import LOG_TAIL_LINES
+from deploy_pipeline.project_settings import Kind
 from deploy_pipeline.routing import HttpTarget, Target
 
 _APP: Final = "code-sessions.app"
@@ -39,8 +44,7 @@ _DEPLOYMENT: Final = "code-sessions.deployment"
 _INSTALLATION: Final = "code-sessions.installation"
 _LOOPBACK: Final = "127.0.0.1"
 _HOST_PORTS: Final = range(20_000, 32_000)  # below Linux's ephemeral ports
-# Small ones of our own choice: Docker's default pools hold about thirty networks, then every `create` fails.
-_SUBNETS: Final = list(IPv4Network("10.213.0.0/16").subnets(new_prefix=28))
+_BUILD_VERSION: Final = 2  # to be raised when `dockerfile_for` makes other images from the same plan
 _ATTEMPTS: Final = 20
 _ENGINE_TIMEOUT_S: Final = 60
 _REMOVAL_S: Final = 30.0
@@ -53,12 +57,11 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class ContainerLimits:
-    """What one application container, and one build step, may use."""
+    """What one application container may use."""
 
     memory_bytes: int = 512 * _MIB
     cpus: float = 1.0
     pids: int = 256
-    build_memory_bytes: int = 2048 * _MIB
 
 
 class DockerRuntime(Runtime):
@@ -72,12 +75,12 @@ class DockerRuntime(Runtime):
         installation: str,
         gateway_container: str = "",
         limits: ContainerLimits | None = None,
-        build_timeout_s: float = BUILD_TIMEOUT_S,
+        build_limits: BuildLimits | None = None,
         stop_grace_s: float = STOP_GRACE_S,
     ) -> None:
         self._app_image, self._installation, self._gateway = app_image, installation, gateway_container
         self._limits = limits or ContainerLimits()
-        self._build_timeout_s, self._stop_grace_s = build_timeout_s, stop_grace_s
+        self._build_limits, self._stop_grace_s = build_limits or BuildLimits(), stop_grace_s
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="docker")
         self._client: docker.DockerClient | None = None
 
@@ -86,23 +89,20 @@ class DockerRuntime(Runtime):
         if await self._call(self._has_image, tag):
             log.say("Nothing changed since this was built: the image is used again.")
             return
+        generated = await asyncio.to_thread(self._generated, release)
         dockerfile = "Dockerfile"
-        if release.plan.kind is not Kind.DOCKERFILE:
-            generated = release.folder / "Dockerfile"  # beside the context, which stays as it was unpacked
-            generated.write_text(dockerfile_for(release.plan, release.src, self._app_image))
-            dockerfile = str(generated)
-        order = {
-            "path": str(release.src),
-            "dockerfile": dockerfile,
-            "tag": tag,
-            "labels": self._labels(release.app_id),
-            "memory_bytes": self._limits.build_memory_bytes,
-        }
-        env = inherited_environment() | _engine_address() | {MARK: release.deployment_id}
-        command = (sys.executable, "-m", "deploy_pipeline.builders.image_build", json.dumps(order))
-        await run_step(
-            command, cwd=release.folder, env=env, log=log, timeout_s=self._build_timeout_s, shown="docker build"
+        if generated:
+            dockerfile = str(release.folder / "Dockerfile")  # beside the context, which stays as it was unpacked
+            await asyncio.to_thread(Path(dockerfile).write_text, generated)
+        order = BuildOrder(
+            deployment_id=release.deployment_id,
+            context=release.src,
+            dockerfile=dockerfile,
+            tag=tag,
+            labels=self._labels(release.app_id),
+            apply_dockerignore=not generated,
         )
+        await build_image(self._engine, self._call, order, self._build_limits, log, _own_container())
 
     async def image_of(self, release: Release) -> str:
         return await self._call(lambda: str(self._engine.images.get(self._tag_of(release)).id))
@@ -125,17 +125,18 @@ class DockerRuntime(Runtime):
 
     async def stop(self, app_id: str, deployment_id: str) -> None:  # noqa: ARG002 - the id says it all
         await asyncio.to_thread(kill_release, deployment_id, grace_s=0)  # a build of a worker that died
+        await self._call(remove_network, self._engine, build_network_name(deployment_id))
         await self._call(self._stop, deployment_id)
 
     async def discard(self, app_id: str, deployment_id: str, *, kept: list[Release]) -> None:
         await self.stop(app_id, deployment_id)
         await self._call(self._remove_images, app_id, kept)
         if not kept:
-            await self._call(self._remove_network, app_id)
+            await self._call(remove_network, self._engine, _network_name(app_id))
 
     async def remove_app(self, app_id: str) -> None:
         await self._call(self._remove_images, app_id, [])
-        await self._call(self._remove_network, app_id)
+        await self._call(remove_network, self._engine, _network_name(app_id))
 
     async def log_tail(self, release: Release) -> list[str]:
         def read() -> list[str]:
@@ -188,11 +189,20 @@ class DockerRuntime(Runtime):
     def _labels(self, app_id: str) -> dict[str, str]:
         return {_APP: app_id, _INSTALLATION: self._installation}
 
+    def _generated(self, release: Release) -> str:
+        """The Dockerfile of a project without one of its own; empty for others."""
+        if release.plan.kind is Kind.DOCKERFILE:
+            return ""
+        return dockerfile_for(release.plan, release.src, self._app_image)
+
     def _tag_of(self, release: Release) -> str:
-        """Same files, same kind, same base image: same tag."""
+        """Same files, same plan, same base image: same tag."""
         base = ""
         if release.plan.kind is not Kind.DOCKERFILE:
-            base = "-" + str(self._engine.images.get(self._app_image).id).removeprefix("sha256:")[:12]
+            image_id = str(self._engine.images.get(self._app_image).id)
+            # A newer version of this program may make another plan, or run it otherwise, from the same files.
+            made = f"{_BUILD_VERSION} {image_id} {sorted(dataclasses.asdict(release.plan).items())}"
+            base = "-" + hashlib.sha256(made.encode()).hexdigest()[:12]
         return _tag_without_base(release) + base
 
     def _has_image(self, tag: str) -> bool:
@@ -204,7 +214,7 @@ class DockerRuntime(Runtime):
 
     def _start(self, release: Release, env: Mapping[str, str]) -> HttpTarget:
         tag = release.image or self._tag_of(release)
-        port = self._port_of(tag)
+        port = release.plan.port or self._port_of(tag)
         network = self._network(release.app_id)
         name = _container_name(release.deployment_id)
         self._stop(release.deployment_id)  # what a worker that died had started
@@ -225,8 +235,12 @@ class DockerRuntime(Runtime):
         raise StartFailed("No free port was found on this machine.")
 
     def _hardening(self, release: Release, port: int, env: Mapping[str, str]) -> dict[str, Any]:
-        return {
-            "environment": {**env, "PORT": str(port), "HOST": HOST},
+        own_start: dict[str, Any] = {}
+        if release.plan.kind is Kind.DOCKERFILE and release.plan.start:
+            program, *arguments = release.plan.start_at(HOST, port)
+            own_start = {"entrypoint": [program], "command": arguments}  # an entry point of the image's is not wanted
+        return own_start | {
+            "environment": release.plan.env | dict(env) | {"PORT": str(port), "HOST": HOST},
             "labels": self._labels(release.app_id) | {_DEPLOYMENT: release.deployment_id},
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
@@ -248,27 +262,13 @@ class DockerRuntime(Runtime):
         """The application's network, made when it is not there yet, with everybody in it who has to reach it."""
         name = _network_name(app_id)
         if not self._engine.networks.list(names=[f"^{name}$"]):
-            self._create_network(name, app_id)
+            create_network(self._engine, name, self._labels(app_id))
         if self._gateway:
             self._join(name, self._gateway)
             if own := _own_container():
                 with contextlib.suppress(NotFound):  # a host name that was set by hand
                     self._join(name, own)
         return name
-
-    def _create_network(self, name: str, app_id: str) -> None:
-        for _ in range(_ATTEMPTS):
-            pool = IPAMPool(subnet=str(random.choice(_SUBNETS)))  # noqa: S311 - no secret
-            with contextlib.suppress(APIError):
-                self._engine.networks.create(
-                    name,
-                    driver="bridge",
-                    ipam=IPAMConfig(pool_configs=[pool]),
-                    labels=self._labels(app_id),
-                    check_duplicate=True,
-                )
-                return
-        raise StartFailed("No free network was found for the application.")
 
     def _join(self, network: str, container: str) -> None:
         try:
@@ -344,12 +344,6 @@ class DockerRuntime(Runtime):
                         if error.status_code != HTTPStatus.CONFLICT:  # a container still uses it: the next time
                             raise
 
-    def _remove_network(self, app_id: str) -> None:
-        for network in self._engine.networks.list(names=[f"^{_network_name(app_id)}$"], greedy=True):
-            for container in network.attrs.get("Containers", {}):
-                network.disconnect(container, force=True)
-            network.remove()
-
 
 def _container_name(deployment_id: str) -> str:
     """Also a host name in the application's network, so without an underscore."""
@@ -390,10 +384,6 @@ def _tag_without_base(release: Release) -> str:
 def _own_container() -> str:
     """The container that this worker runs in, which has to reach the application to see whether it is healthy."""
     return socket.gethostname() if Path("/.dockerenv").exists() else ""
-
-
-def _engine_address() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith("DOCKER_")}
 
 
 def _remove_folder(path: Path) -> None:

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-from deploy_pipeline.detect import Kind, Plan
+from deploy_pipeline.detect import Plan
+from deploy_pipeline.project_settings import Kind
 
 PORT: Final = 8080
 HOST: Final = "0.0.0.0"  # noqa: S104 - inside a container, on a network of its own
@@ -25,7 +26,7 @@ def dockerfile_for(plan: Plan, src: Path, base_image: str) -> str:
     """
     lines = [
         f"FROM {base_image}",
-        f"ENV HOME=/app HOST={HOST} PORT={PORT} PATH=/app/venv/bin:/app/src/node_modules/.bin:$PATH",
+        f"ENV HOME=/app HOST={HOST} PORT={plan.port or PORT} PATH=/app/venv/bin:/app/src/node_modules/.bin:$PATH",
         # The folder itself has to be the user's: WORKDIR makes it root's.
         'RUN ["mkdir", "-p", "/app/src"]',
         "WORKDIR /app/src",
@@ -33,10 +34,11 @@ def dockerfile_for(plan: Plan, src: Path, base_image: str) -> str:
     if plan.venv:
         pip = () if any(step[0] == "pip" for step in plan.build) else ("--without-pip",)
         lines.append(_run(("python3", "-m", "venv", *pip, "/app/venv")))
-    early = _early_steps(plan, src)
+    early = early_steps(plan, src)
     for step, names in early:
         lines += [f"COPY --chown=app:app {json.dumps([*names, './'])}", _run(step)]
     lines.append('COPY --chown=app:app [".", "./"]')
+    lines += [f"ENV {name}={_quoted(value)}" for name, value in plan.env.items()]
     done = {step for step, _ in early}
     lines += [_run(step) for step in plan.build if step not in done]
     lines += ["ENV NODE_ENV=production", f"CMD {json.dumps(_command(plan))}"]
@@ -46,14 +48,19 @@ def dockerfile_for(plan: Plan, src: Path, base_image: str) -> str:
 def _command(plan: Plan) -> tuple[str, ...]:
     if plan.kind is Kind.STATIC:
         return ("/bin/sh", "-c", _SERVE_SITE, "site", *plan.roots)
-    return plan.start_at(HOST, PORT)
+    return plan.start_at(HOST, plan.port or PORT)
+
+
+def _quoted(value: str) -> str:
+    """As a value that the Dockerfile's parser reads back as it is: neither expanded nor ended early."""
+    return '"' + re.sub(r'(["\\$])', r"\\\1", value) + '"'
 
 
 def _run(step: tuple[str, ...]) -> str:
     return f"RUN {json.dumps(step)}"
 
 
-def _early_steps(plan: Plan, src: Path) -> list[tuple[tuple[str, ...], list[str]]]:
+def early_steps(plan: Plan, src: Path) -> list[tuple[tuple[str, ...], list[str]]]:
     """Steps that need no other files than the ones named: (step, files)."""
     early = []
     for step in plan.build:

@@ -16,8 +16,8 @@ from typing import Final
 from pydantic import BaseModel
 
 from deploy_pipeline.builders.base import (
-    BUILD_TIMEOUT_S,
     STOP_GRACE_S,
+    BuildLimits,
     BuildLog,
     LogPiece,
     Release,
@@ -26,6 +26,7 @@ from deploy_pipeline.builders.base import (
     tail_of_file,
     write_atomically,
 )
+from deploy_pipeline.builders.local_cache import BuildCache, prune
 from deploy_pipeline.builders.processes import (
     MARK,
     inherited_environment,
@@ -37,9 +38,10 @@ from deploy_pipeline.builders.processes import (
     spawn,
     started_at,
 )
-from deploy_pipeline.detect import Kind, site_root
+from deploy_pipeline.detect import command_line, refusal_by_local_runtime, site_root
 from deploy_pipeline.errors import BuildFailed, NotDeployable, StartFailed
 from deploy_pipeline.logs import complete_utf8
+from deploy_pipeline.project_settings import Kind
 from deploy_pipeline.routing import HttpTarget, StaticTarget, Target
 
 _HOST: Final = "127.0.0.1"
@@ -56,44 +58,89 @@ class _Process(BaseModel):
 
 
 class LocalRuntime(Runtime):
-    """`apps_dir/<app id>/<deployment id>/` holds `src`, `venv`, logs and what is known of the process."""
+    """`apps_dir/<app id>/<deployment id>/` holds `src`, logs and what is known of the process; `builds` beside it what
+    several releases share."""
 
     def __init__(
-        self, apps_dir: Path, *, build_timeout_s: float = BUILD_TIMEOUT_S, stop_grace_s: float = STOP_GRACE_S
+        self, apps_dir: Path, *, build_limits: BuildLimits | None = None, stop_grace_s: float = STOP_GRACE_S
     ) -> None:
         self._apps_dir = apps_dir
-        self._build_timeout_s, self._stop_grace_s = build_timeout_s, stop_grace_s
+        self._build_limits, self._stop_grace_s = build_limits or BuildLimits(), stop_grace_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # to be polled, or they stay zombies
 
     async def build(self, release: Release, log: BuildLog) -> None:
-        if release.plan.kind is Kind.DOCKERFILE:
-            raise NotDeployable(
-                "A Dockerfile project needs the docker runtime: this installation runs applications as plain processes."
-            )
-        env = self._environment(release)
-        deadline = time.monotonic() + self._build_timeout_s
-        steps = release.plan.build
-        if release.plan.venv:
-            # The worker's own interpreter: what `python3` on PATH is may depend on HOME, which is another one here.
-            pip = () if any(step[0] == "pip" for step in steps) else ("--without-pip",)
-            await run_step(
-                (sys.executable, "-m", "venv", *pip, str(release.built / "venv")),
-                cwd=release.src,
-                env=env,
-                log=log,
-                timeout_s=self._build_timeout_s,
-                shown="python3 -m venv ../venv",
-            )
-        for step in steps:
-            left_s = max(1.0, deadline - time.monotonic())
-            # Looked up here: without a shell, exec searches our PATH and not the release's.
-            program = shutil.which(step[0], path=env["PATH"])
-            if program is None:
-                raise BuildFailed(f"`{step[0]}` is not installed on this machine.")
-            shown = " ".join(step)
-            await run_step((program, *step[1:]), cwd=release.src, env=env, log=log, timeout_s=left_s, shown=shown)
+        if refusal := refusal_by_local_runtime(release.plan):
+            raise NotDeployable(refusal)
+        if release.plan.build or release.plan.venv:
+            await self._build_or_reuse(release, log)
         if release.plan.kind is Kind.STATIC:
             site_root(release.src, release.plan)
+
+    async def _build_or_reuse(self, release: Release, log: BuildLog) -> None:
+        cache = await asyncio.to_thread(BuildCache, release)
+        await asyncio.to_thread(cache.begin)
+        if await asyncio.to_thread(cache.reuse):
+            log.say("Nothing changed since this was built: it is used again.")
+            return
+        env = release.plan.env | self._environment(release)
+        deadline = time.monotonic() + self._build_limits.timeout_s
+        has_venv = cache.has_venv
+        if has_venv:
+            log.say("The dependencies did not change: the virtual environment is used again.")
+        elif release.plan.venv:
+            # The worker's own interpreter: what `python3` on PATH is may depend on HOME, which is another one here.
+            pip = () if any(step[0] == "pip" for step in release.plan.build) else ("--without-pip",)
+            command = (sys.executable, "-m", "venv", *pip, str(cache.venv))
+            await self._step(command, release, env, log, deadline, shown="python3 -m venv ../venv")
+        for step in release.plan.build:
+            if step[0] == "pip" and has_venv:
+                continue
+            if step[:2] in {("npm", "ci"), ("npm", "install")}:
+                await self._npm_install(step, release, env, log, deadline, cache)
+            else:
+                await self._step(step, release, env, log, deadline)
+        if release.plan.venv:
+            await asyncio.to_thread(cache.keep_venv)
+        await asyncio.to_thread(cache.keep_result)
+
+    async def _npm_install(
+        self,
+        step: tuple[str, ...],
+        release: Release,
+        env: dict[str, str],
+        log: BuildLog,
+        deadline: float,
+        cache: BuildCache,
+    ) -> None:
+        if cache.has_modules:
+            log.say("The dependencies did not change: node_modules is used again.")
+            await asyncio.to_thread(cache.take_modules)
+        else:
+            await self._step(step, release, env, log, deadline)
+            await asyncio.to_thread(cache.keep_modules)
+
+    async def _step(
+        self,
+        step: tuple[str, ...],
+        release: Release,
+        env: dict[str, str],
+        log: BuildLog,
+        deadline: float,
+        shown: str = "",
+    ) -> None:
+        # Looked up here: without a shell, exec searches our PATH and not the release's.
+        program = shutil.which(step[0], path=env["PATH"])
+        if program is None:
+            raise BuildFailed(f"`{step[0]}` is not installed on this machine.")
+        await run_step(
+            (program, *step[1:]),
+            cwd=release.src,
+            env=env,
+            log=log,
+            timeout_s=max(1.0, deadline - time.monotonic()),
+            shown=shown or command_line(step),
+            limits=self._build_limits,
+        )
 
     async def start(self, release: Release, env: Mapping[str, str]) -> Target:
         if release.plan.kind is Kind.STATIC:
@@ -105,7 +152,13 @@ class LocalRuntime(Runtime):
     def _start(self, release: Release, owners: Mapping[str, str]) -> HttpTarget:
         port = self._free_port()
         ours = self._environment(release)
-        env = ours | {"NODE_ENV": "production"} | dict(owners) | {"PORT": str(port), "HOST": _HOST, MARK: ours[MARK]}
+        env = (
+            {"NODE_ENV": "production"}
+            | release.plan.env
+            | ours
+            | dict(owners)
+            | {"PORT": str(port), "HOST": _HOST, MARK: ours[MARK]}
+        )
         command = release.plan.start_at(_HOST, port)
         program = shutil.which(command[0], path=env["PATH"])
         if program is None:
@@ -147,6 +200,7 @@ class LocalRuntime(Runtime):
 
     async def discard(self, app_id: str, deployment_id: str, *, kept: list[Release]) -> None:  # noqa: ARG002 - see base
         await self.stop(app_id, deployment_id)
+        await asyncio.to_thread(prune, self._apps_dir / app_id, without=deployment_id)
 
     async def remove_app(self, app_id: str) -> None:
         pass

@@ -16,12 +16,13 @@ from typing import BinaryIO, Final
 
 import psutil
 
-from deploy_pipeline.builders.base import STOP_GRACE_S, BuildLog
+from deploy_pipeline.builders.base import STOP_GRACE_S, BuildLimits, BuildLog
 from deploy_pipeline.errors import BuildFailed
 
 MARK: Final = "CODE_SESSIONS_RELEASE"
 _PIECE_BYTES: Final = 64 * 1024
 _POLL_S: Final = 0.05
+_LOOK_S: Final = 0.5
 _LAST_OUTPUT_S: Final = 1.0  # for what is still in the pipe when everybody who wrote to it is gone
 _START_TOLERANCE_S: Final = 2.0
 _KILL_ROUNDS: Final = 50  # each 100 ms: a process that forks while it is being killed needs several
@@ -59,13 +60,21 @@ def inherited_environment(environ: Mapping[str, str] = os.environ) -> dict[str, 
 
 
 async def run_step(
-    command: tuple[str, ...], *, cwd: Path, env: dict[str, str], log: BuildLog, timeout_s: float, shown: str = ""
+    command: tuple[str, ...],
+    *,
+    cwd: Path,
+    env: dict[str, str],
+    log: BuildLog,
+    timeout_s: float,
+    shown: str = "",
+    limits: BuildLimits | None = None,
 ) -> None:
     """Run a build step to its end, with its output in `log`. All that it started is gone afterwards, also when this
-    is cancelled; `env` has to carry the mark.
+    is cancelled; `env` has to carry the mark. With `limits`, memory and processes are looked at now and then.
 
     Raises:
-        BuildFailed: it ended with another status than 0, could not be started, or took longer than `timeout_s`.
+        BuildFailed: it ended with another status than 0, could not be started, took longer than `timeout_s`, or more
+            than the limits allow.
     """
     shown = shown or " ".join(command)
     log.say(f"$ {shown}")
@@ -74,12 +83,16 @@ async def run_step(
     except OSError as error:
         raise BuildFailed(f"`{shown}` could not be started: {error.strerror}") from error
     copying = asyncio.create_task(_copy(output, log))
+    look_at = time.monotonic() + _LOOK_S
     try:
         async with asyncio.timeout(timeout_s):
             # asyncio's own wait() goes on until the pipe is closed, which a process in the background can hold open
             # for ever (python/cpython#119710).
-            while (status := child.poll()) is None:  # noqa: ASYNC110 - there is no event
+            while (status := child.poll()) is None:
                 await asyncio.sleep(_POLL_S)
+                if limits is not None and time.monotonic() > look_at:
+                    await asyncio.to_thread(_check_usage, env[MARK], child.pid, limits)
+                    look_at = time.monotonic() + _LOOK_S
     except TimeoutError:
         raise BuildFailed(f"`{shown}` took longer than {timeout_s:.0f} s and was stopped.") from None
     finally:
@@ -91,6 +104,18 @@ async def run_step(
     if status != 0:
         how = f"was ended by {_signal_name(-status)}" if status < 0 else f"failed with status {status}"
         raise BuildFailed(f"`{shown}` {how}.")
+
+
+def _check_usage(mark: str, leader: int, limits: BuildLimits) -> None:
+    found = marked(lambda other: other == mark, leader)
+    if len(found) > limits.processes:
+        raise BuildFailed(limits.too_many_processes())
+    used = 0
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            used += process.memory_info().rss  # what several share counts for each: an estimate from above
+    if used > limits.memory_bytes:
+        raise BuildFailed(limits.too_much_memory())
 
 
 def _started_with_pipe(

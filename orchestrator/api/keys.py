@@ -4,6 +4,7 @@ from aiohttp import web
 
 from orchestrator.deployments.apps import Apps
 from orchestrator.deployments.logs import Logs
+from orchestrator.deployments.previews import Previews
 from orchestrator.deployments.service import Deployments
 from orchestrator.sessions.lifecycle import SessionLifecycle
 from orchestrator.sessions.registry import SessionRegistry
@@ -17,3 +18,4 @@ TERMINALS = web.AppKey("terminals", Terminals)
 APPS = web.AppKey("apps", Apps)
 LOGS = web.AppKey("logs", Logs)
 DEPLOYMENTS = web.AppKey("deployments", Deployments)
+PREVIEWS = web.AppKey("previews", Previews)

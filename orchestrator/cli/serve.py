@@ -121,6 +121,9 @@ async def _running_worker(settings: Settings, redis: StoreClient) -> AsyncIterat
         app_url_template=settings.app_url_template,
         app_image=settings.app_image,
         gateway_container=settings.gateway_container,
+        archive_url=settings.archive_url,
+        archive_endpoint_url=settings.archive_endpoint_url,
+        build_allowed_hosts=frozenset(filter(None, map(str.strip, settings.build_allowed_hosts.lower().split(",")))),
         installation=await installation_id(redis),
     )
     worker = Worker(redis, config)

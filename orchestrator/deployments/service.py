@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from deploy_pipeline import errors as pipeline
 from deploy_pipeline.archive import ArchiveStore
-from deploy_pipeline.errors import ArchiveRefused, CancelRequested, LostClaim
+from deploy_pipeline.errors import ArchiveRefused, ArchivesUnavailable, CancelRequested, LostClaim
 from deploy_pipeline.jobs import SETTLED, App, Deployment, DeploymentState, Stage
 from deploy_pipeline.queue import SWEEP_INTERVAL_S, Claim, DeploymentQueue
 from orchestrator.errors import (
@@ -214,7 +214,7 @@ class Deployments:
         try:
             async with asyncio.timeout(ARCHIVE_S):
                 sha256, size_bytes = await self._fetch(session)
-        except (RequestRefused, SessionEnded, TerminalUnavailable, ArchiveRefused) as error:
+        except (RequestRefused, SessionEnded, TerminalUnavailable, ArchiveRefused, ArchivesUnavailable) as error:
             await self._fail(claim, f"the workspace could not be archived: {getattr(error, 'detail', error)}")
         except TimeoutError:
             await self._fail(claim, f"the workspace could not be archived within {ARCHIVE_S:.0f} seconds")
@@ -227,7 +227,7 @@ class Deployments:
             writer = self._archives.writer()
             try:
                 facts: JsonObject = {}
-                async for piece in self._terminals.archive(session, facts):
+                async for piece in self._terminals.archive(session, facts, None):
                     writer.write(piece)
                 return await writer.commit()
             except LinkLost:

@@ -179,8 +179,8 @@ class Terminals:
             return None
         return link.live.page(after, limit=limit, max_bytes=max_bytes)
 
-    async def archive(self, session: Session, result: JsonObject) -> AsyncIterator[bytes]:
-        """The workspace as a zip; facts about it are in `result` at the end.
+    async def archive(self, session: Session, result: JsonObject, preview: JsonObject | None) -> AsyncIterator[bytes]:
+        """The workspace as a zip, or what `preview` asks for of it; facts about it are in `result` at the end.
 
         Raises:
             SessionEnded, TerminalUnavailable: there is nothing to archive from.
@@ -188,7 +188,8 @@ class Terminals:
         """
         async with self._hub.watching(session.id):
             link = await self._link(session, CREATE_PATIENCE_S)
-            async for piece in link.stream("archive", result):
+            stream = link.stream("archive", result) if preview is None else link.stream("preview", result, **preview)
+            async for piece in stream:
                 yield piece
 
     async def _with_link(

@@ -1,6 +1,7 @@
 """A real Valkey for all tests of the pipeline, emptied before each; a real worker and gateway for those that ask."""
 
 import asyncio
+import importlib.resources
 import io
 import secrets
 import stat
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import docker
 import psutil
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
@@ -26,6 +28,9 @@ from deploy_pipeline.queue import DeploymentQueue
 from deploy_pipeline.worker import Worker, WorkerConfig
 
 ORG = "org_1"
+IMAGE = "code-sessions/app:latest"
+INSTALLATION = f"pipeline-tests-{secrets.token_hex(4)}"  # other runs may share the engine
+OURS = {"label": f"code-sessions.installation={INSTALLATION}"}
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +69,7 @@ class Pipeline:
 
     def __init__(self, queue: DeploymentQueue, config: WorkerConfig, gateway: TestClient) -> None:
         self.queue, self.config, self.gateway = queue, config, gateway
-        self.session_id = f"cs_{secrets.token_hex(8)}"  # others may run these tests on the same engine
+        self.session_id = f"cs_{secrets.token_hex(8)}"  # images are named after it, on an engine that others may share
 
     async def submit(self, files: dict[str, str | bytes], session_id: str = "") -> Deployment:
         session_id = session_id or self.session_id
@@ -93,8 +98,8 @@ class Pipeline:
             while state not in (await self.queue.get(ORG, deployment.id)).times:
                 await asyncio.sleep(0.02)
 
-    async def deploy(self, files: dict[str, str | bytes], session_id: str = "") -> Deployment:
-        return await self.settled(await self.submit(files, session_id))
+    async def deploy(self, files: dict[str, str | bytes], session_id: str = "", within_s: float = 150) -> Deployment:
+        return await self.settled(await self.submit(files, session_id), within_s)
 
     async def fetch(self, deployment: Deployment, path: str = "/", method: str = "GET", **options) -> tuple[int, str]:
         app = await self.queue.get_app(ORG, deployment.app_id)
@@ -156,3 +161,35 @@ async def local(redis: Redis, queue: DeploymentQueue, gateway: TestClient, tmp_p
         yield pipeline
     for app_id, _ in await worker.releases.known():
         await worker.releases.remove_app(app_id)
+
+
+@pytest.fixture(scope="session")
+def engine():
+    client = docker.from_env()
+    with importlib.resources.as_file(importlib.resources.files("deploy_pipeline") / "images") as folder:
+        client.images.build(path=str(folder), dockerfile="Dockerfile.app", tag=IMAGE, rm=True)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+async def on_docker(redis, queue, gateway, tmp_path, engine):
+    config = WorkerConfig(
+        "docker", tmp_path, "http://{app}.localhost/", IMAGE, "", INSTALLATION, healthy_within_s=10, drain_s=1.2
+    )
+    async with running_worker(redis, config) as worker:
+        pipeline = Pipeline(queue, config, gateway)
+        pipeline.worker = worker
+        yield pipeline
+        for app in await queue.list_apps(ORG):
+            await worker.releases.remove_app(app.id)
+    assert engine.containers.list(all=True, filters=OURS) == []
+    assert engine.networks.list(filters=OURS) == []
+    assert images(engine) == set()
+
+
+def images(engine):
+    """Ids of the images that belong to these tests' applications; others may share the engine."""
+    return {
+        image.id for image in engine.images.list("code-sessions-apps/*", filters=dict(OURS))
+    }  # which docker-py adds to

@@ -4,6 +4,7 @@ import os
 import stat
 import struct
 import zipfile
+import zlib
 
 import pytest
 
@@ -190,3 +191,87 @@ def test_an_encrypted_entry_is_refused(refused):
     data = bytearray(zip_of(("a", b"x")))
     data[data.index(b"PK\x01\x02") + 8] |= 1
     refused(bytes(data), "encrypted")
+
+
+DIRECTORY_ENTRY = b"PK\x01\x02"
+
+
+def patched(data, *, at, fmt, values):
+    """With these fields of the first directory entry overwritten (APPNOTE 4.3.12)."""
+    changed = bytearray(data)
+    struct.pack_into(fmt, changed, data.index(DIRECTORY_ENTRY) + at, *values)
+    return bytes(changed)
+
+
+def overlapping():
+    """Two entries of which the second has the first one's content."""
+    data = zip_of(("a", b"x" * 1000), ("b", b"y" * 1000))
+    first = data.index(DIRECTORY_ENTRY)
+    second = data.index(DIRECTORY_ENTRY, first + 4)
+    return data[:second] + data[second : second + 42] + struct.pack("<L", 0) + data[second + 46 :]
+
+
+def quoted(kernel_bytes=100_000, copies=50):
+    """https://www.bamsoftware.com/hacks/zipbomb/: local headers are content of the entries before them."""
+    body, directory = bytearray(), b""
+    deflated = zlib.compress(b"\0" * kernel_bytes, 9)[2:-4]
+    for number in range(copies):
+        name = b"%03d" % number
+        header = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 8, 0, 33, 0, len(deflated), kernel_bytes, 3, 0) + name
+        directory += struct.pack(
+            "<4s6H3L5H2L", DIRECTORY_ENTRY, 20, 20, 0, 8, 0, 33, 0, 33 * (copies - number) + len(deflated),
+            kernel_bytes, 3, 0, 0, 0, 0, 0, len(body),
+        ) + name  # fmt: skip
+        body += header
+    body += deflated
+    return (
+        bytes(body) + directory + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, copies, copies, len(directory), len(body), 0)
+    )
+
+
+def with_zip64_size(size):
+    """The entry's size stands in its zip64 field (APPNOTE 4.5.3), and is no size at all."""
+    data = patched(SMALL, at=24, fmt="<LHH", values=[2**32 - 1, 1, 12])
+    end = bytearray(data[-22:])
+    struct.pack_into("<L", end, 12, struct.unpack_from("<L", end, 12)[0] + 12)
+    return data[:-22] + struct.pack("<HHQ", 1, 8, size) + bytes(end)
+
+
+SMALL = zip_of(("a", b"x" * 1000))
+HOSTILE = {
+    "a wrong CRC": (patched(SMALL, at=16, fmt="<L", values=[1]), "damaged"),
+    "overlapping entries": (overlapping(), "damaged"),
+    "quoted entries, a bomb": (quoted(), "shares bytes"),
+    "an entry that reaches into the directory": (patched(SMALL, at=20, fmt="<L", values=[500]), "reaches into"),
+    "an entry behind the end": (patched(SMALL, at=42, fmt="<L", values=[2**31]), "reaches into|damaged"),
+    "a size that only zip64 would give": (patched(SMALL, at=24, fmt="<L", values=[2**32 - 1]), "larger|damaged"),
+    "zip64 with a size of 2**63": (with_zip64_size(2**63), "larger"),
+    "a zip64 end record": (SMALL[:-22] + b"PK\x06\x06" + bytes(52) + b"PK\x06\x07" + bytes(16) + SMALL[-22:], "files"),
+    "another name in the local header": (SMALL[:30] + b"b" + SMALL[31:], "damaged"),
+    "a comment behind the end": (SMALL[:-2] + struct.pack("<H", 3) + b"PK\5", "damaged"),
+    "something unpacked as LZMA": (patched(SMALL, at=10, fmt="<H", values=[14]), "not supported|damaged"),
+    "content cut short": (patched(SMALL, at=20, fmt="<L", values=[3]), "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "match"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_zip_that_lies_is_refused(refused, data, match):
+    refused(data, match)
+
+
+def test_nothing_outside_of_the_folder_is_touched_whatever_the_archive_is(tmp_path):
+    """All of the above and the classics once more, beside files that have to stay as they are."""
+    bystander = tmp_path / "bystander"
+    bystander.write_text("mine")
+    hostile = [data for data, _ in HOSTILE.values()]
+    hostile += [zip_of((name, b"taken")) for name in ("../bystander", str(bystander), "a/../../bystander")]
+    hostile += [zip_of(("l", target, LINK), ("l/bystander", b"taken")) for target in (b"..", str(tmp_path).encode())]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for number, data in enumerate(hostile):
+        archive = tmp_path / "hostile.zip"
+        archive.write_bytes(data)
+        with pytest.raises(ArchiveRefused):
+            extract(archive, tmp_path / f"out{number}")
+        archive.unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert bystander.read_text() == "mine"

@@ -1,7 +1,8 @@
 import pytest
 
-from deploy_pipeline.detect import Kind, detect, site_root
+from deploy_pipeline.detect import detect, site_root
 from deploy_pipeline.errors import NotDeployable
+from deploy_pipeline.project_settings import Kind
 
 FLASK = "from flask import Flask\napp = Flask(__name__)\n"
 FASTAPI = "import fastapi\nservice: fastapi.FastAPI = fastapi.FastAPI()\n"
@@ -134,14 +135,46 @@ def test_a_start_line_is_enough(tmp_path):
     assert (plan.start, plan.health_path) == (("/bin/sh", "-c", "./run"), "/up")
 
 
+def test_a_start_line_beside_a_page_starts_a_program_instead_of_publishing_the_folder(tmp_path):
+    plan = detect(files(tmp_path, {"deploy.toml": 'start = "./serve"', "index.html": "", "serve": ""}))
+    assert (plan.kind, plan.start) == (Kind.PROCFILE, ("/bin/sh", "-c", "./serve"))
+
+
+def test_port_and_variables_are_taken_from_deploy_toml(tmp_path):
+    toml = 'port = 3000\nenv = {GREETING = "hi $HOME"}\n'
+    plan = detect(files(tmp_path, {"deploy.toml": toml, "Dockerfile": ""}))
+    assert (plan.kind, plan.port, plan.env) == (Kind.DOCKERFILE, 3000, {"GREETING": "hi $HOME"})
+
+
+def test_an_app_json_is_read_without_what_belongs_to_others(tmp_path):
+    env = '{"A": "1", "B": {"value": "2"}, "C": {"required": true}}'
+    manifest = f'{{"name": "x", "scripts": {{}}, "start": "./run", "env": {env}}}'
+    plan = detect(files(tmp_path, {"app.json": manifest}))
+    assert (plan.start[-1], plan.env) == ("./run", {"A": "1", "B": "2"})
+
+
+def test_deploy_toml_goes_before_app_json(tmp_path):
+    assert detect(files(tmp_path, {"app.json": '{"start": "a"}', "deploy.toml": 'start = "b"'})).start[-1] == "b"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("deploy.toml", "kind = 3", "has to be a text"),
-        ("deploy.toml", 'kind = "php"', "none of"),
+        ("deploy.toml", "kind = 3", "deploy.toml: kind: "),
+        ("deploy.toml", 'kind = "php"', "deploy.toml: kind: "),
         ("deploy.toml", "kind = ", "not valid TOML"),
-        ("deploy.toml", 'strat = "x"', "unknown key 'strat'"),
+        ("deploy.toml", 'strat = "x"', "deploy.toml: strat: is no setting; known are"),
         ("deploy.toml", 'start = "x"\nhealth_path = "up"', "health_path"),
+        ("deploy.toml", 'port = "80"', "deploy.toml: port: "),
+        ("deploy.toml", "port = 65536", "deploy.toml: port: "),
+        ("deploy.toml", 'env = {PORT = "1"}', "deploy.toml: env: PORT is set by the platform"),
+        ("deploy.toml", "env = {A = 1}", r"deploy.toml: env\.A: "),
+        ("deploy.toml", 'env = {"A B" = "1"}', "deploy.toml: env: 'A B' is no name"),
+        ("deploy.toml", 'kind = "static"\nroot = "../x"', "deploy.toml: root: has to be a folder inside"),
+        ("deploy.toml", 'kind = "static"\nstart = "x"', "deploy.toml: start: a static site starts nothing"),
+        ("deploy.toml", 'kind = "dockerfile"\nbuild = "x"', "deploy.toml: build: "),
+        ("deploy.toml", 'kind = "dockerfile"\nstart = "x"', "does not look like it"),
+        ("app.json", '{"start": ["x"]}', "app.json: start: "),
         ("package.json", "{", "not valid JSON"),
         ("package.json", "[]", "not a JSON object"),
         ("package.json", "[" * 100_000, "not valid JSON"),
@@ -166,6 +199,7 @@ def test_hostile_python_is_not_followed_into_a_crash(tmp_path, source):
 
 def test_a_site_root_that_is_a_link_out_is_refused(tmp_path):
     files(tmp_path / "out", {"index.html": ""})
-    folder = files(tmp_path / "p", {"deploy.toml": 'kind = "static"\nroot = "../out"', "index.html": ""})
+    folder = files(tmp_path / "p", {"deploy.toml": 'kind = "static"\nroot = "site"', "index.html": ""})
+    (folder / "site").symlink_to("../out")
     with pytest.raises(NotDeployable):
         site_root(folder, detect(folder))

@@ -2,14 +2,11 @@
 
 import asyncio
 import contextlib
-import importlib.resources
-import os
 import subprocess
 import time
 
-import docker
 import pytest
-from conftest import ORG, Pipeline, running_worker
+from conftest import IMAGE, INSTALLATION, ORG, OURS, Pipeline, images, running_worker
 
 from deploy_pipeline.jobs import DeploymentState, Health
 from deploy_pipeline.logs import Log, LogStore
@@ -18,10 +15,7 @@ from deploy_pipeline.worker import WorkerConfig
 
 pytestmark = pytest.mark.docker
 
-IMAGE = "code-sessions/app:latest"
-INSTALLATION = f"pipeline-tests-{os.getpid()}"  # others may use the same engine
 GATEWAY = f"{INSTALLATION}-gateway"
-OURS = {"label": f"code-sessions.installation={INSTALLATION}"}
 
 FLASK = """
 import os, pathlib
@@ -43,38 +37,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"release %s")
 HTTPServer(("0.0.0.0", int(os.environ["PORT"])), Handler).serve_forever()
 """
-
-
-@pytest.fixture(scope="session")
-def engine():
-    client = docker.from_env()
-    with importlib.resources.as_file(importlib.resources.files("deploy_pipeline") / "images") as folder:
-        client.images.build(path=str(folder), dockerfile="Dockerfile.app", tag=IMAGE, rm=True)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-async def on_docker(redis, queue, gateway, tmp_path, engine):
-    config = WorkerConfig(
-        "docker", tmp_path, "http://{app}.localhost/", IMAGE, "", INSTALLATION, healthy_within_s=10, drain_s=1.2
-    )
-    async with running_worker(redis, config) as worker:
-        pipeline = Pipeline(queue, config, gateway)
-        pipeline.worker = worker
-        yield pipeline
-        for app in await queue.list_apps(ORG):
-            await worker.releases.remove_app(app.id)
-    assert engine.containers.list(all=True, filters=OURS) == []
-    assert engine.networks.list(filters=OURS) == []
-    assert images(engine) == set()
-
-
-def images(engine):
-    """Ids of the images that belong to these tests' applications; others may share the engine."""
-    return {
-        image.id for image in engine.images.list("code-sessions-apps/*", filters=dict(OURS))
-    }  # which docker-py adds to
 
 
 async def containers(engine):

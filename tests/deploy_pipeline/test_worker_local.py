@@ -7,6 +7,7 @@ import time
 
 from conftest import ORG, Pipeline, children_of_release, is_gone, running_worker
 
+from deploy_pipeline.builders.base import BuildLimits
 from deploy_pipeline.builders.local import _LOG_CAP_BYTES, _read_log
 from deploy_pipeline.builders.processes import MARK
 from deploy_pipeline.jobs import DeploymentState, Stage
@@ -435,7 +436,7 @@ async def test_a_rolled_back_release_keeps_its_files_when_the_one_that_built_the
 
 
 async def test_a_build_that_takes_too_long_is_ended_with_all_that_it_started(local):
-    local.worker._runtime._build_timeout_s = 2
+    local.worker._runtime._build_limits = BuildLimits(timeout_s=2)
     escape = "(setsid sleep 1001 &) ; sleep 1002"
     files = {"Procfile": "web: x", "deploy.toml": f'build = "{escape}"'}
     done = await local.deploy(files)

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, ClassVar, Final
 
 from deploy_pipeline.errors import ArchiveRefused
 
@@ -117,6 +117,9 @@ class ArchiveWriter:
 class ArchiveStore:
     """Archives in a folder, each named after its hash, so that the same files are kept once."""
 
+    look_every_s: ClassVar[float] = 0.0  # how long housekeeping waits between two looks at what is stored
+    is_shared: ClassVar[bool] = False  # by machines that do not see each other's releases
+
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self._folder, self.limits = folder, limits or Limits()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,9 +158,31 @@ class ArchiveStore:
         if is_sha256(sha256):
             await asyncio.to_thread((self._folder / f"{sha256}.zip").unlink, missing_ok=True)
 
+    async def stored_before(self, age_s: float) -> set[str]:
+        """The SHA-256 of every archive that was last stored more than `age_s` ago.
+
+        Raises:
+            ArchivesUnavailable: the store cannot be reached.
+        """
+        return {path.stem for path in await asyncio.to_thread(_older_than, self._folder, "*.zip", age_s)}
+
+    async def remove_half_written(self, age_s: float) -> None:
+        """What nobody has written to for `age_s` or longer, and nobody will finish."""
+        for path in await asyncio.to_thread(_older_than, self._folder, ".*.part", age_s):
+            path.unlink(missing_ok=True)
+
 
 def is_sha256(text: str) -> bool:
     return _SHA256.fullmatch(text) is not None
+
+
+def _older_than(folder: Path, pattern: str, age_s: float) -> list[Path]:
+    oldest, found = time.time() - age_s, []
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < oldest:
+                found.append(path)
+    return found
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,15 +18,20 @@ from urllib.parse import urlsplit
 from deploy_pipeline.archive import ArchiveStore, ArchiveWriter, Limits, is_sha256
 from deploy_pipeline.errors import ArchiveRefused, ArchivesUnavailable
 
+_SUFFIX: Final = ".zip"
 _ABSENT: Final = frozenset({"404", "NoSuchKey", "NotFound"})
 _CONNECT_S: Final = 10
 _READ_S: Final = 60
 _ATTEMPTS: Final = 4
 _PIECE_BYTES: Final = 1024 * 1024
+_FRESH_S: Final = 600.0  # much less than the age at which housekeeping removes what nothing needs
 
 
 class S3ArchiveStore(ArchiveStore):
     """`folder` holds what is on its way; nothing stays there."""
+
+    look_every_s = 600.0  # every look is a request that is paid for
+    is_shared = True
 
     def __init__(self, folder: Path, url: str, endpoint_url: str = "", limits: Limits | None = None) -> None:
         """`url` is `s3://bucket` or `s3://bucket/prefix`; `endpoint_url` is for stores other than Amazon's.
@@ -56,13 +62,30 @@ class S3ArchiveStore(ArchiveStore):
         if is_sha256(sha256):
             await asyncio.to_thread(self._call, "delete_object", sha256)
 
+    async def stored_before(self, age_s: float) -> set[str]:
+        return await asyncio.to_thread(self._stored_before, age_s)
+
+    def _stored_before(self, age_s: float) -> set[str]:
+        oldest, found = time.time() - age_s, set()
+        pages = self._client.get_paginator("list_objects_v2")
+        with _translated():
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._key("")):
+                for entry in page.get("Contents", []):
+                    sha256 = entry["Key"].removeprefix(self._key("")).removesuffix(_SUFFIX)
+                    # Whatever else is in the bucket is none of our business.
+                    if is_sha256(sha256) and entry["LastModified"].timestamp() < oldest:
+                        found.add(sha256)
+        return found
+
     def upload(self, path: Path, sha256: str) -> None:
-        """Unless it is there: the same hash is the same bytes. Blocking.
+        """Unless it was stored lately: the same hash is the same bytes. An older one is stored again, so that nobody
+        removes it before its new deployment names it. Blocking.
 
         Raises:
             ArchivesUnavailable: the bucket cannot be reached.
         """
-        if self._call("head_object", sha256) is None:
+        found = self._call("head_object", sha256)
+        if found is None or time.time() - found["LastModified"].timestamp() > _FRESH_S:
             with path.open("rb") as body:
                 self._call("put_object", sha256, Body=body, ContentType="application/zip")
 
@@ -78,9 +101,12 @@ class S3ArchiveStore(ArchiveStore):
         if digest.hexdigest() != sha256:
             raise ArchiveRefused("The workspace's archive was changed where it is stored; deploy again.")
 
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if self._prefix else name
+
     def _call(self, operation: str, sha256: str, **arguments: Any) -> Any:
         """The answer; None when there is no such archive."""
-        key = "/".join(filter(None, (self._prefix, f"{sha256}.zip")))
+        key = self._key(f"{sha256}{_SUFFIX}")
         with _translated():
             try:
                 return getattr(self._client, operation)(Bucket=self._bucket, Key=key, **arguments)

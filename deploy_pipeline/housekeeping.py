@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from deploy_pipeline.jobs import Deployment, DeploymentState
+from deploy_pipeline.archive import ArchiveStore
+from deploy_pipeline.jobs import Deployment, DeploymentState, kept_ids
 from deploy_pipeline.queue import DeploymentQueue
 from deploy_pipeline.releases import Releases
 
@@ -22,10 +23,11 @@ _HALF_WRITTEN_S: Final = 300.0
 
 class Housekeeping:
     def __init__(
-        self, queue: DeploymentQueue, releases: Releases, *, apps_dir: Path, archives_dir: Path, drain_s: float
+        self, queue: DeploymentQueue, releases: Releases, archives: ArchiveStore, *, apps_dir: Path, drain_s: float
     ) -> None:
-        self._queue, self._releases = queue, releases
-        self._apps_dir, self._archives_dir, self._drain_s = apps_dir, archives_dir, drain_s
+        self._queue, self._releases, self._archives = queue, releases, archives
+        self._apps_dir, self._drain_s = apps_dir, drain_s
+        self._archives_looked_at: float | None = None
 
     async def round(self) -> None:
         await self._end_releases()
@@ -51,18 +53,31 @@ class Housekeeping:
         return time.time() - replaced_at / 1000 < self._drain_s
 
     async def _remove_archives(self) -> None:
-        """Half-written ones, and those of neither a release that is kept here nor a deployment in progress."""
-        for path in self._archives_dir.glob(".*.part"):
-            if _age_s(path) > _HALF_WRITTEN_S:
-                path.unlink(missing_ok=True)
-        old = [path for path in self._archives_dir.glob("*.zip") if _age_s(path) > ARCHIVE_YOUNG_S]
-        if not old:
+        """Half-written ones, and those of neither a release that is kept nor a deployment in progress."""
+        await self._archives.remove_half_written(_HALF_WRITTEN_S)
+        now = time.monotonic()
+        if self._archives_looked_at is not None and now - self._archives_looked_at < self._archives.look_every_s:
             return
-        wanted = await self._queue.archives_in_progress()
-        wanted |= await asyncio.to_thread(self._releases.archives)
-        for path in old:
-            if path.name.removesuffix(".zip") not in wanted:
-                path.unlink(missing_ok=True)
+        self._archives_looked_at = now
+        unneeded = await self._archives.stored_before(ARCHIVE_YOUNG_S)
+        if unneeded:
+            unneeded -= await self._queue.archives_in_progress()
+            unneeded -= await asyncio.to_thread(self._releases.archives)
+        if unneeded and self._archives.is_shared:
+            unneeded -= await self._kept_anywhere()
+        for sha256 in unneeded:
+            await self._archives.remove(sha256)
+
+    async def _kept_anywhere(self) -> set[str]:
+        """The archives of releases that any machine keeps."""
+        found = set()
+        for app_id in await self._releases.routed_apps():
+            app = await self._queue.find_app(app_id)
+            for deployment_id in kept_ids(app) if app is not None else []:
+                deployment = await self._queue.find(deployment_id)
+                if deployment is not None:
+                    found.add(deployment.archive_sha256)
+        return found
 
 
 def _age_s(path: Path) -> float:

@@ -185,6 +185,10 @@ class Releases:
         """The deployment ids that routes lead to."""
         return {route.deployment_id for route in (await self._routes.all()).values()}
 
+    async def routed_apps(self) -> set[str]:
+        """The ids of all applications that have a release, on this machine or another."""
+        return {route.app_id for route in (await self._routes.all()).values()}
+
     async def retire(self, app_id: str, deployment_id: str) -> None:
         """End a release that should not run any more; its files stay when it is one of those to go back to."""
         release = Release.load(self._apps_dir / app_id / deployment_id)

@@ -81,12 +81,13 @@ class Worker:
         self._runtime = make_runtime(config)
         self._logs, self._routes, self._orders = LogStore(redis), Routes(redis), Orders(redis)
         config.apps_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        archives = open_archives(config.archives_dir, config.archive_url, config.archive_endpoint_url)
         self.releases = Releases(
             self._runtime,
             self._routes,
             self._orders,
             self._logs,
-            open_archives(config.archives_dir, config.archive_url, config.archive_endpoint_url),
+            archives,
             config.apps_dir,
             healthy_within_s=config.healthy_within_s,
             drain_s=config.drain_s,
@@ -94,11 +95,7 @@ class Worker:
         self._name = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         self.supervisor = Supervisor(self.releases, self._routes, self._orders)
         self.housekeeping = Housekeeping(
-            self._queue,
-            self.releases,
-            apps_dir=config.apps_dir,
-            archives_dir=config.archives_dir,
-            drain_s=config.drain_s,
+            self._queue, self.releases, archives, apps_dir=config.apps_dir, drain_s=config.drain_s
         )
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -225,6 +222,7 @@ class Worker:
             claim, DeploymentState.STARTING, log_tail=tail, settings_version=release.settings_version
         )
         log.say("It is started, and has to answer before it gets traffic.")
+        await self._queue.renew(claim)  # a start ends what runs of the release, which may be another worker's by now
         target = await self._start(release, tail)
         log.say("It is healthy: traffic moves now.")
         await self._queue.renew(claim)  # traffic moves only under a claim that is still ours
@@ -249,6 +247,8 @@ class Worker:
             log.info("deploy.failed", reason=reason)
         else:
             log.error("deploy.failed", exc_info=error)
+        # What failed may have been ended by another worker that took over, and what is there now would be that one's.
+        await self._queue.renew(claim)
         try:
             await self.releases.discard(claim.app_id, claim.deployment_id)
         except (DeployFailed, EngineUnavailable, OSError) as left:

@@ -177,10 +177,11 @@ class LocalRuntime(Runtime):
             return RunState(running=release.src.is_dir())
         child = self._children.get(release.deployment_id)
         status = child.poll() if child is not None else None
-        if status is not None:
+        known = _known_process(release.folder)
+        # Another worker that took over may have started it again since: then the end of our own child says nothing.
+        if child is not None and status is not None and (known is None or known.pid == child.pid):
             how = f"signal {-status}" if status < 0 else f"status {status}"
             return RunState(running=False, reason=f"it ended with {how}")
-        known = _known_process(release.folder)
         if known is None or not is_same_process(known.pid, known.started):
             return RunState(running=False, reason="it is not running")
         return RunState(running=True)

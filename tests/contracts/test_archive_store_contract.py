@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -139,6 +140,36 @@ async def test_what_was_aborted_or_is_too_large_leaves_nothing(store):
     assert list(store.folder.iterdir()) == []
     with pytest.raises(ArchiveRefused):
         await read(store, SHA256)
+
+
+async def test_only_what_was_stored_long_ago_is_said_to_be_old(store):
+    assert await store.stored_before(-60) == set()
+    await keep(store)
+    assert await store.stored_before(-60) == {SHA256}
+    assert await store.stored_before(600) == set()
+    await store.remove(SHA256)
+    assert await store.stored_before(-60) == set()
+
+
+async def test_other_things_in_a_bucket_are_no_archives(s3_server, tmp_path, monkeypatch):
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    endpoint, client = s3_server
+    store = open_archives(tmp_path, f"s3://{BUCKET}/{tmp_path.name}", endpoint)
+    await keep(store)
+    for name in ("notes.txt", f"deeper/{'1' * 64}.zip", "short.zip"):
+        client.put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/{name}", Body=b"x")
+    client.put_object(Bucket=BUCKET, Key=f"{'2' * 64}.zip", Body=b"x")
+    assert await store.stored_before(-60) == {SHA256}
+
+
+async def test_only_a_half_written_archive_that_nobody_writes_to_is_removed(store):
+    for name, age_s in (("old", 100), ("young", 0)):
+        path = store.folder / f".{name}.part"
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age_s,) * 2)
+    await store.remove_half_written(50)
+    assert [path.name for path in store.folder.iterdir()] == [".young.part"]
 
 
 async def test_nothing_of_a_bucket_stays_on_this_machine(store):

@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-from conftest import children_of_release
+from conftest import ORG, children_of_release
 
 from deploy_pipeline.builders.base import BuildLimits
 from deploy_pipeline.jobs import DeploymentState
@@ -116,3 +116,29 @@ async def test_a_pipe_that_a_build_leaves_behind_is_no_reason_to_fail_or_to_buil
     assert any("used again" in line for line in again.log_tail)
     assert (local.folder(again) / "src/made").exists()
     assert not (local.folder(again) / "src/left-behind").exists()
+
+
+async def test_a_rolled_back_release_keeps_the_environment_of_the_one_that_was_built(local):
+    first = await local.deploy({"main.py": SERVER % "one", "requirements.txt": "# nothing\n"})
+    assert (first.state, first.reason) == (DeploymentState.RUNNING, "")
+    await local.deploy({"main.py": SERVER % "two"})
+    app = await local.queue.get_app(ORG, first.app_id)
+    back = await local.settled(await local.worker._orders.roll_back(app, first.id, user_id="u"))
+    assert (back.state, back.reason) == (DeploymentState.RUNNING, "")
+    for text in ("three", "four"):
+        await local.deploy({"main.py": SERVER % text})
+    await asyncio.sleep(local.config.drain_s + 0.3)
+    await local.worker.housekeeping.round()
+    assert local.worker.releases.load(first.app_id, first.id) is None, "only the rollback is kept"
+    assert (local.folder(first) / "venv/bin/python").exists()
+
+
+async def test_what_the_owner_sets_goes_before_what_the_project_sets(local):
+    shown = '(os.environ["A"] + os.environ["B"] + os.environ["HOST"]).encode()'
+    files = {"main.py": (SERVER % "x").replace('b"x " + str(seen).encode()', shown)}
+    files["deploy.toml"] = 'env = {A = "project ", B = "project "}\n'
+    first = await local.deploy(files)
+    await answers(local, first, "project project 127.0.0.1")
+    await local.worker._orders.put_env(first.app_id, {"B": "owner ", "HOST": "0.0.0.0"})
+    second = await local.deploy(files)
+    await answers(local, second, "project owner 127.0.0.1")

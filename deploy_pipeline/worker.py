@@ -106,7 +106,7 @@ class Worker:
                 for number in range(self._config.parallel):
                     group.create_task(self._take_jobs(Stage.BUILD, f"{self._name}-{number}"))
                 group.create_task(self._take_jobs(Stage.START, self._name))
-                group.create_task(self._every(SWEEP_INTERVAL_S, self._sweep, "sweep"))
+                group.create_task(self._every(min(SWEEP_INTERVAL_S, self._config.lease_s / 2), self._sweep, "sweep"))
                 group.create_task(self._look_after_this_machine())
         finally:
             for task in self._retiring:

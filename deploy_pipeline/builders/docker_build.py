@@ -169,9 +169,9 @@ def remove_network(engine: docker.DockerClient, name: str) -> None:
                 break
             except NotFound:
                 break
-            except APIError as error:
-                # The engine is still ending a container of the build, or the builder has just made its last one.
-                if "active endpoints" not in str(error) or time.monotonic() > deadline:
+            except APIError:
+                # The engine itself is still ending a container of the build, or the builder has just made its last one.
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(_RETRY_S)
 

@@ -172,10 +172,35 @@ def _terminal_state(fields: Sequence[Any]) -> TerminalState:
     return TerminalState(state.decode(), cols, rows, record_facts(exit_facts or b""))
 
 
+_FACTS: Final[dict[str, type]] = {
+    "cols": int,
+    "rows": int,
+    "exitCode": int,
+    "signal": str,
+    "ptyHeldOpen": bool,
+    "lost": str,
+    "droppedBytes": int,
+}
+
+
 def record_facts(data: bytes) -> dict[str, Any]:
-    """The facts of a record that is no output; empty when they do not parse (they come from a workspace)."""
+    """The facts of a record that is no output: those that the protocol names, as far as they are what it says.
+
+    They come from a workspace, and callers put them beside members of their own.
+    """
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    return {name: _printable(facts[name]) for name, kind in _FACTS.items() if _is_fact(facts.get(name), kind)}
+
+
+def _is_fact(value: object, kind: type) -> bool:
+    return type(value) is kind and not (isinstance(value, int) and abs(value) >= 2**53)
+
+
+def _printable(value: Any) -> Any:
+    """JSON can name halves of characters (lone surrogates), which nothing can be written with."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value

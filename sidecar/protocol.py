@@ -31,6 +31,7 @@ VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_CHUNK_BYTES: Final = 64 * 1024
 MAX_INPUT_BYTES: Final = 1024 * 1024
+ONCE: Final = "once-"  # how the key of an input begins whose caller gave none
 MAX_SEQ: Final = 2**53 - 2  # the store counts in doubles, and after the last record comes one that closes the log
 MAX_TIME_MS: Final = 253_402_300_799_999  # the end of the year 9999, the last that dates have
 STREAM_PIECE_BYTES: Final = 64 * 1024
@@ -87,7 +88,7 @@ class Record(NamedTuple):
 
 class Input(NamedTuple):
     request_id: int
-    key: str  # the caller's Idempotency-Key, made unique per caller; empty: none
+    key: str  # the caller's Idempotency-Key, made unique per caller; empty: none; `ONCE` and more: made for this input
     data: bytes
 
 

@@ -26,7 +26,7 @@ from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused
 from orchestrator.terminal.output_store import PAGE_BYTES, OutputStore, Page
 from orchestrator.terminal.relay import SessionLink
-from sidecar.protocol import JsonObject, integer
+from sidecar.protocol import ONCE, JsonObject, integer
 
 CREATE_PATIENCE_S: Final = 60.0  # how long a call waits for a terminal that is being created
 LINK_PATIENCE_S: Final = 10.0  # and for one whose link is being made again
@@ -74,7 +74,7 @@ class Terminals:
         """
         # Every input has a key towards the sidecar, so that one which a lost link left unanswered can be sent again.
         unique = hashlib.sha256(f"{caller}\n{idempotency_key}".encode()).hexdigest()[:32]
-        key = unique if idempotency_key else f"once-{secrets.token_hex(8)}"
+        key = unique if idempotency_key else f"{ONCE}{secrets.token_hex(8)}"
         if self._queued_bytes[session_id] + len(data) > INPUT_QUEUED_BYTES_MAX:
             raise TerminalNotReading("too much input waits for this terminal already", writtenBytes=0)
         self._queued_bytes[session_id] += len(data)

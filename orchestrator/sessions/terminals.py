@@ -45,8 +45,12 @@ class Output:
     @property
     def truncated(self) -> bool:
         """Records between `after` and the first that is left are gone."""
-        oldest = self.page.records[0].seq if self.page.records else self.page.first_seq
-        return oldest > self.after + 1 and self.page.last_seq > self.after
+        return self.first_seq > self.after + 1 and self.page.last_seq > self.after
+
+    @property
+    def first_seq(self) -> int:
+        """The first record here; with none, the oldest that is kept, or will be."""
+        return self.page.records[0].seq if self.page.records else self.page.first_seq
 
     @property
     def last_seq(self) -> int:
@@ -168,7 +172,7 @@ class Terminals:
                     if session.status.ended:
                         return Output(page, after)
                 left_s = deadline - time.monotonic()
-                if page.records or left_s <= 0:
+                if page.records or left_s <= 0 or self._hub.stopping:
                     return Output(page, after)
                 await watch.wait(left_s)
 

@@ -79,6 +79,8 @@ class LinkEndpoint:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         session_id = request.headers.get("X-Session-Id", "")
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self._hub.closing:
+            return web.Response(status=503)
         try:
             session = await self._authenticate(session_id, token)
         except LinkRefused as refused:

@@ -137,3 +137,22 @@ async def test_what_a_lost_link_had_brought_is_still_appended(redis):
         await until(lambda: not sidecar.link._queue)
         await asyncio.sleep(0.1)
         assert await one.store.bounds("cs_a") == (1, 2)
+
+
+async def test_a_hub_that_closes_takes_in_no_link_any_more(redis):
+    async with replicas(redis, "a") as (one,):
+        first = await one.link_sidecar("cs_a")
+        await one.hub.close()
+        assert first.goodbye
+        with pytest.raises(LinkLost):
+            await one.link_sidecar("cs_a")
+
+
+async def test_who_waits_looks_again_at_once_when_the_process_stops(redis):
+    async with replicas(redis, "a") as (one,), one.hub.watching("cs_a") as watch:
+        waiting = asyncio.create_task(watch.wait(60))
+        await asyncio.sleep(0)
+        one.hub.stop_waiting()
+        async with asyncio.timeout(1):
+            assert await waiting
+        assert one.hub.stopping

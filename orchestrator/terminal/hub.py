@@ -263,10 +263,12 @@ class Hub:
         # The directory's entry may be among what was lost.
         await self._directory.restore(link.session_id, link.number)
         _, last_seq = await self._store.bounds(link.session_id)
-        try:
+        # Not waited for: a sidecar that takes nothing must not keep the others' from being healed.
+        self._tasks.start(self._resume(link, last_seq), name=f"resume {link.session_id}")
+
+    async def _resume(self, link: SidecarLink, last_seq: int) -> None:
+        with suppress(LinkLost):
             await link.resume_from(last_seq)
-        except LinkLost:
-            return
 
     async def close(self) -> None:
         """Close all links at the same time: one that does not answer costs the others nothing. No new ones come in."""

@@ -156,3 +156,20 @@ async def test_who_waits_looks_again_at_once_when_the_process_stops(redis):
         async with asyncio.timeout(1):
             assert await waiting
         assert one.hub.stopping
+
+
+async def test_a_sidecar_that_takes_nothing_does_not_keep_others_from_being_healed_after_the_store_was_restarted(redis):
+    identities = iter(["one", "two"])
+
+    async def identity():
+        return next(identities, "two")
+
+    async def stuck(_message):
+        await asyncio.Event().wait()
+
+    async with replicas(redis, "a") as (one,):
+        one.hub._store_identity = identity
+        deaf, other = await one.link_sidecar("cs_a"), await one.link_sidecar("cs_b")
+        deaf.send_text = stuck
+        one.tasks.start(one.hub.watch_store(), name="watch store")
+        await until(lambda: {"t": "resume", "after": 0} in other.sent)

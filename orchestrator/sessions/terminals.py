@@ -150,8 +150,11 @@ class Terminals:
         limit: int,
         wait_s: float,
         max_bytes: int = PAGE_BYTES,
+        until_stop: bool = False,
     ) -> Output:
         """Output after `after`, about `max_bytes` of it; with nothing there, what comes within `wait_s`.
+
+        `until_stop`: and before the process stops.
 
         Raises:
             SessionNotFound: not in this organization.
@@ -172,7 +175,7 @@ class Terminals:
                     if session.status.ended:
                         return Output(page, after)
                 left_s = deadline - time.monotonic()
-                if page.records or left_s <= 0 or self._hub.stopping:
+                if page.records or left_s <= 0 or (until_stop and self._hub.stopping):
                     return Output(page, after)
                 await watch.wait(left_s)
 

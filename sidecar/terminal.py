@@ -13,13 +13,15 @@ from typing import Final
 
 from sidecar.output_log import OutputLog
 from sidecar.processes import Reaper, User
-from sidecar.protocol import JsonObject, RecordKind
+from sidecar.protocol import ONCE, JsonObject, RecordKind
 from sidecar.pty_process import PtyClosed, PtyProcess
 
 COLS, ROWS = 80, 24
 SIZE_MAX: Final = 1000
 INPUT_PATIENCE_S: Final = 30.0  # how long an input may wait for a program that does not read
 HELD_OPEN_S: Final = 1.0  # how long descendants of an ended shell may delay the end of the terminal
+# Inputs with a caller's key, and as many whose key the control plane made, for a retry of its own within seconds: those
+# are every keystroke, and must not push out the others.
 REMEMBERED_INPUTS: Final = 4096
 
 
@@ -53,7 +55,7 @@ class Terminal:
         self._size = (COLS, ROWS)
         self._input_order = asyncio.Lock()
         self._writing: set[asyncio.Task[int]] = set()
-        self._inputs: OrderedDict[str, _InputProgress] = OrderedDict()
+        self._inputs: dict[bool, OrderedDict[str, _InputProgress]] = {True: OrderedDict(), False: OrderedDict()}
         self._ended = asyncio.Event()
         self._ended.set()
         self._supervisor: asyncio.Task[None] | None = None
@@ -187,11 +189,12 @@ class Terminal:
         digest = hashlib.sha256(data).digest() if key else b""
         if not key:
             return _InputProgress(digest, self._shell_number)
-        known = self._inputs.get(key)
+        inputs = self._inputs[key.startswith(ONCE)]
+        known = inputs.get(key)
         if known is None:
-            known = self._inputs[key] = _InputProgress(digest, self._shell_number)
-            if len(self._inputs) > REMEMBERED_INPUTS:
-                self._inputs.popitem(last=False)
+            known = inputs[key] = _InputProgress(digest, self._shell_number)
+            if len(inputs) > REMEMBERED_INPUTS:
+                inputs.popitem(last=False)
         elif known.digest != digest:
             raise Refused("idempotency-key-reused", "the Idempotency-Key was used with other input")
         return known

@@ -83,8 +83,7 @@ def plain_frames(output: Output) -> Iterator[Sent]:
 def marked_frames(output: Output, offset: int) -> Iterator[Sent]:
     """The page's bytes and events in order, and then a mark: everything up to this seq was sent."""
     if output.truncated:
-        first_seq = output.page.records[0].seq
-        yield Sent(as_json("truncated", afterSeq=output.after, firstSeq=first_seq), first_seq - 1)
+        yield Sent(as_json("truncated", afterSeq=output.after, firstSeq=output.first_seq), output.first_seq - 1)
     pieces: list[bytes] = []
     for record in output.page.records:
         if record.kind is RecordKind.OUTPUT:

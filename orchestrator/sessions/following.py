@@ -39,6 +39,8 @@ class Follower:
             output = await self._read(self.after, wait_s, limit=_PAGE_RECORDS)
             if output.page.records:
                 self.after, self.offset = output.last_seq, _end(output.page.records[-1])
+            elif output.truncated:  # nothing of it is left: its days are over, or it was lost
+                self.after = output.last_seq
             elif ended:
                 return
             else:

@@ -26,7 +26,7 @@ from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused
 from orchestrator.terminal.output_store import PAGE_BYTES, OutputStore, Page
 from orchestrator.terminal.relay import SessionLink
-from sidecar.protocol import JsonObject, integer
+from sidecar.protocol import ONCE, JsonObject, integer
 
 CREATE_PATIENCE_S: Final = 60.0  # how long a call waits for a terminal that is being created
 LINK_PATIENCE_S: Final = 10.0  # and for one whose link is being made again
@@ -45,8 +45,12 @@ class Output:
     @property
     def truncated(self) -> bool:
         """Records between `after` and the first that is left are gone."""
-        oldest = self.page.records[0].seq if self.page.records else self.page.first_seq
-        return oldest > self.after + 1 and self.page.last_seq > self.after
+        return self.first_seq > self.after + 1 and self.page.last_seq > self.after
+
+    @property
+    def first_seq(self) -> int:
+        """The first record here; with none, the oldest that is kept, or will be."""
+        return self.page.records[0].seq if self.page.records else self.page.first_seq
 
     @property
     def last_seq(self) -> int:
@@ -74,7 +78,7 @@ class Terminals:
         """
         # Every input has a key towards the sidecar, so that one which a lost link left unanswered can be sent again.
         unique = hashlib.sha256(f"{caller}\n{idempotency_key}".encode()).hexdigest()[:32]
-        key = unique if idempotency_key else f"once-{secrets.token_hex(8)}"
+        key = unique if idempotency_key else f"{ONCE}{secrets.token_hex(8)}"
         if self._queued_bytes[session_id] + len(data) > INPUT_QUEUED_BYTES_MAX:
             raise TerminalNotReading("too much input waits for this terminal already", writtenBytes=0)
         self._queued_bytes[session_id] += len(data)
@@ -146,8 +150,11 @@ class Terminals:
         limit: int,
         wait_s: float,
         max_bytes: int = PAGE_BYTES,
+        until_stop: bool = False,
     ) -> Output:
         """Output after `after`, about `max_bytes` of it; with nothing there, what comes within `wait_s`.
+
+        `until_stop`: and before the process stops.
 
         Raises:
             SessionNotFound: not in this organization.
@@ -168,7 +175,7 @@ class Terminals:
                     if session.status.ended:
                         return Output(page, after)
                 left_s = deadline - time.monotonic()
-                if page.records or left_s <= 0:
+                if page.records or left_s <= 0 or (until_stop and self._hub.stopping):
                     return Output(page, after)
                 await watch.wait(left_s)
 

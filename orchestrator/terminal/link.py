@@ -265,6 +265,8 @@ class SidecarLink:
         try:
             await self._transport.send_binary(encode_input(Input(request_id, key, data)))
             return integer(await future, "bytes")
+        except ProtocolError as error:  # told at once, on whichever replica it is waited for
+            raise RequestRefused("invalid-answer", f"the workspace's answer is none: {error}", {}) from error
         except ConnectionError as error:
             self.lost()
             raise LinkLost from error

@@ -24,8 +24,12 @@ class LiveBudget:
 
 
 class LiveLog:
-    def __init__(self, first_seq: int, last_seq: int, budget: LiveBudget) -> None:
+    def __init__(self, first_seq: int, last_seq: int, budget: LiveBudget, *, numbered_seq: int = 0) -> None:
+        """`numbered_seq`: the newest that the sidecar has. No reader was ever given a later one, but perhaps that one,
+        by another link or by a store that lost its last moments since.
+        """
         self.first_seq, self.last_seq = first_seq, last_seq  # of the whole log, as the store said last
+        self._numbered_seq = numbered_seq
         self._budget = budget
         self._records: list[Record] = []  # the last ones, up to `last_seq`
         self._from = 0  # where in that list they begin: the front of it is cut off now and then, not at each record
@@ -71,7 +75,9 @@ class LiveLog:
         self._wanted_until_s = time.monotonic() + WANTED_S
         behind = self.last_seq - after
         if behind <= 0:
-            return Page([], self.first_seq, self.last_seq)
+            # Who has more than we know of is not sent back: what he has would come to him again.
+            known = behind == 0 or after <= self._numbered_seq
+            return Page([], self.first_seq, after) if known else None
         start = len(self._records) - behind
         if start < self._from or after < self.first_seq - 1:
             return None

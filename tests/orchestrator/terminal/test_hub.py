@@ -137,3 +137,39 @@ async def test_what_a_lost_link_had_brought_is_still_appended(redis):
         await until(lambda: not sidecar.link._queue)
         await asyncio.sleep(0.1)
         assert await one.store.bounds("cs_a") == (1, 2)
+
+
+async def test_a_hub_that_closes_takes_in_no_link_any_more(redis):
+    async with replicas(redis, "a") as (one,):
+        first = await one.link_sidecar("cs_a")
+        await one.hub.close()
+        assert first.goodbye
+        with pytest.raises(LinkLost):
+            await one.link_sidecar("cs_a")
+
+
+async def test_who_waits_looks_again_at_once_when_the_process_stops(redis):
+    async with replicas(redis, "a") as (one,), one.hub.watching("cs_a") as watch:
+        waiting = asyncio.create_task(watch.wait(60))
+        await asyncio.sleep(0)
+        one.hub.stop_waiting()
+        async with asyncio.timeout(1):
+            assert await waiting
+        assert one.hub.stopping
+
+
+async def test_a_sidecar_that_takes_nothing_does_not_keep_others_from_being_healed_after_the_store_was_restarted(redis):
+    identities = iter(["one", "two"])
+
+    async def identity():
+        return next(identities, "two")
+
+    async def stuck(_message):
+        await asyncio.Event().wait()
+
+    async with replicas(redis, "a") as (one,):
+        one.hub._store_identity = identity
+        deaf, other = await one.link_sidecar("cs_a"), await one.link_sidecar("cs_b")
+        deaf.send_text = stuck
+        one.tasks.start(one.hub.watch_store(), name="watch store")
+        await until(lambda: {"t": "resume", "after": 0} in other.sent)

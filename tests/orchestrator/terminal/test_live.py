@@ -28,7 +28,21 @@ def test_a_reader_who_keeps_up_is_served_from_memory():
     page = live.page(2, limit=10, max_bytes=1000)
     assert (seqs(page), page.first_seq, page.last_seq) == ([3, 4, 5], 1, 5)
     assert seqs(live.page(5, limit=10, max_bytes=1000)) == []
-    assert seqs(live.page(99, limit=10, max_bytes=1000)) == []
+
+
+def test_a_reader_who_has_more_than_the_memory_is_left_to_the_store():
+    live = read_log()
+    live.add(records(1, 5), 1)
+    assert live.page(6, limit=10, max_bytes=1000) is None
+
+
+def test_a_reader_who_has_what_the_store_lost_is_not_sent_back():
+    live = LiveLog(1, 90, LiveBudget(), numbered_seq=100)
+    page = live.page(97, limit=10, max_bytes=1000)
+    assert (page.records, page.last_seq) == ([], 97)
+    assert live.page(101, limit=10, max_bytes=1000) is None
+    live.add(records(91, 20), 1)
+    assert seqs(live.page(97, limit=2, max_bytes=1000)) == [98, 99]
 
 
 def test_a_page_is_bounded_in_number_and_bytes_and_has_one_at_least():

@@ -26,7 +26,8 @@ log = structlog.get_logger(__name__)
 class Watch:
     """One waiter for changes of a session. `clear` it before you look, then `wait`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, early: bool = False) -> None:
+        self.early = early  # woken also by output that is not durable yet
         self._event = asyncio.Event()
         self.confirmed = True  # nothing is missed; False: look again soon
 
@@ -75,9 +76,9 @@ class Hub:
     # Watching
 
     @asynccontextmanager
-    async def watching(self, session_id: str) -> AsyncIterator[Watch]:
+    async def watching(self, session_id: str, *, early: bool = False) -> AsyncIterator[Watch]:
         """A watch that wakes at new output, another status or another link, on whichever replica it happens."""
-        watch = Watch()
+        watch = Watch(early=early)
         self._watches.setdefault(session_id, set()).add(watch)
         try:
             if self.link(session_id) is None:
@@ -130,6 +131,12 @@ class Hub:
         self.stopping = True
         for session_id in list(self._watches):
             self.changed(session_id)
+
+    def received(self, session_id: str) -> None:
+        """Output has come over a link of ours and is being appended."""
+        for watch in self._watches.get(session_id, ()):
+            if watch.early:
+                watch.wake()
 
     # Links
 

@@ -113,7 +113,9 @@ class LinkEndpoint:
         kept_from, stands_at = await self._resume_after(session.id, hello)
         live = LiveLog(kept_from, stands_at, self._live_budget, numbered_seq=integer(hello, "lastSeq"))
         transport = _WebSocketTransport(socket)
-        link = SidecarLink(session, transport, self._store, live, on_appended=self._on_appended)
+        link = SidecarLink(
+            session, transport, self._store, live, on_appended=self._on_appended, on_received=self._hub.received
+        )
         welcome: JsonObject = {"t": "welcome", "v": VERSION, "resumeAfter": stands_at}
         await socket.send_str(encode_json(welcome | {"outputPolicy": session.output_policy}))
         try:

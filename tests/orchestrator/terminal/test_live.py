@@ -114,3 +114,34 @@ def test_a_batch_that_holds_records_twice_is_served_as_it_is_stored():
     live.add(records(3, 2) + records(3, 4), 1)  # two resumes crossed: the store passed over the second copy
     assert seqs(live.page(0, limit=10, max_bytes=1000)) == [1, 2, 3, 4, 5, 6]
     assert seqs(live.page(4, limit=10, max_bytes=1000)) == [5, 6]
+
+
+def test_what_is_not_durable_is_given_only_to_who_asks_for_it_early():
+    live = read_log()
+    live.add(records(1, 2), 1)
+    live.receive(records(3, 2))
+    assert seqs(live.page(2, limit=10, max_bytes=1000)) == []
+    early = live.page(2, limit=10, max_bytes=1000, early=True)
+    assert (seqs(early), early.last_seq) == ([3, 4], 2)
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1, 2], "first what is durable"
+    live.add(records(3, 1), 1)
+    assert seqs(live.page(2, limit=10, max_bytes=1000)) == [3]
+    assert seqs(live.page(3, limit=10, max_bytes=1000, early=True)) == [4]
+
+
+def test_how_the_terminal_ended_is_never_told_early():
+    live = read_log()
+    live.receive([*records(1, 1), Record(2, 1, 1000, RecordKind.EXIT, b"{}"), *records(3, 1)])
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1]
+    assert seqs(live.page(1, limit=10, max_bytes=1000, early=True)) == []
+
+
+def test_what_the_sidecar_is_to_send_again_is_not_given_twice():
+    live = read_log()
+    live.receive(records(1, 3))
+    live.forget_ahead()
+    live.receive(records(1, 3))
+    live.receive(records(2, 3))  # crossed on the way
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1, 2, 3, 4]
+    live.receive(records(9, 1))  # not the next one
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1, 2, 3, 4]

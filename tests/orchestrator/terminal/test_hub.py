@@ -6,7 +6,7 @@ import time
 import pytest
 
 from orchestrator.terminal.link import LinkLost
-from sidecar.protocol import Record, RecordKind, encode_records
+from sidecar.protocol import STREAM_CREDIT_BYTES, Record, RecordKind, encode_json, encode_records, encode_stream
 from tests.orchestrator.terminal.planes import replicas, until
 
 
@@ -173,3 +173,49 @@ async def test_a_sidecar_that_takes_nothing_does_not_keep_others_from_being_heal
         deaf.send_text = stuck
         one.tasks.start(one.hub.watch_store(), name="watch store")
         await until(lambda: {"t": "resume", "after": 0} in other.sent)
+
+
+async def test_a_stream_of_another_replicas_sidecar_comes_whole_and_at_the_readers_pace(redis):
+    async with replicas(redis, "a", "b") as (holder, other):
+        sidecar = await holder.link_sidecar("cs_a")
+        sidecar.silent = True
+        pieces = [bytes([place % 251]) * 60_000 for place in range(60)]  # more than a stream's first credit
+
+        def granted_bytes():
+            return sum(message["bytes"] for message in sidecar.sent if message["t"] == "credit")
+
+        async def send_the_archive():
+            await until(lambda: any(message["t"] == "request" for message in sidecar.sent))
+            request = next(message for message in sidecar.sent if message["t"] == "request")
+            sent_bytes = 0
+            for piece in pieces:
+                while sent_bytes >= STREAM_CREDIT_BYTES + granted_bytes():
+                    await asyncio.sleep(0.001)
+                await sidecar.link.receive(encode_stream(request["id"], piece))
+                sent_bytes += len(piece)
+            await sidecar.link.receive(encode_json({"t": "result", "id": request["id"], "files": 3}))
+
+        sending = asyncio.create_task(send_the_archive())
+        async with other.hub.watching("cs_a"):
+            link = await other.hub.link_within("cs_a", 1, nobody_minds)
+            result = {}
+            got = [piece async for piece in link.stream("archive", result)]
+        await sending
+        assert b"".join(got) == b"".join(pieces)
+        assert result["files"] == 3
+
+
+async def test_a_reader_elsewhere_that_gives_up_stops_the_sidecar_too(redis):
+    async with replicas(redis, "a", "b") as (holder, other):
+        sidecar = await holder.link_sidecar("cs_a")
+        sidecar.silent = True
+        async with other.hub.watching("cs_a"):
+            link = await other.hub.link_within("cs_a", 1, nobody_minds)
+            stream = link.stream("archive", {})
+            reading = asyncio.create_task(anext(stream))
+            await until(lambda: any(message["t"] == "request" for message in sidecar.sent))
+            request = next(message for message in sidecar.sent if message["t"] == "request")
+            await sidecar.link.receive(encode_stream(request["id"], b"first"))
+            assert await reading == b"first"
+            await stream.aclose()
+        await until(lambda: {"t": "cancel", "id": request["id"]} in sidecar.sent)

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +146,7 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         setup_problems(app)
         setup_auth(app, keys, RateLimiter(redis, settings.rate_limit_per_minute))
         setup_live(app)
+        app.on_shutdown.append(_ending_waits(hub))
         app[tickets.TICKETS] = TicketStore(redis)
         terminals_api = (sessions, terminal, output_stream, tickets, attach, recording)
         for module in (*terminals_api, deployments_api, previews, apps, logs):
@@ -162,15 +163,23 @@ async def control_plane(settings: Settings, redis: StoreClient, listener: socket
         )
         tasks.keep(services.bus.run, name="bus")
         await hub.relay.start()
-        await stack.enter_async_context(_link_listener(settings, endpoint))
+        stop_listening = await stack.enter_async_context(_link_listener(settings, endpoint))
         stack.push_async_callback(tasks.close)
         stack.push_async_callback(hub.close)
+        stack.push_async_callback(stop_listening)  # or sidecars would dial us again as soon as their link is closed
         await stack.enter_async_context(_api_listener(listener, app))
         tasks.keep(lifecycle.reconcile_forever, name="reconcile")
         tasks.keep(hub.watch_store, name="watch store")
         tasks.keep(services.deployments.archive_forever, name="archive")
         tasks.keep(services.deployments.sweep_forever, name="sweep deployments")
         yield ControlPlane(first_key)
+
+
+def _ending_waits(hub: Hub) -> Callable[[web.Application], Awaitable[None]]:
+    async def end(_app: web.Application) -> None:
+        hub.stop_waiting()
+
+    return end
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -204,8 +213,11 @@ async def _api_listener(listener: socket.socket, app: web.Application) -> AsyncI
 
 
 @asynccontextmanager
-async def _link_listener(settings: Settings, endpoint: LinkEndpoint) -> AsyncIterator[None]:
-    """A socket of our own in the folder that sidecars look into; those of replicas that died are removed."""
+async def _link_listener(settings: Settings, endpoint: LinkEndpoint) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """A socket of our own in the folder that sidecars look into; those of replicas that died are removed.
+
+    What comes back takes it away, so that nobody new dials in; the links that are up stay up.
+    """
     folder = private_folder(settings.link_socket_dir.absolute())
     for path in folder.glob("*.sock"):
         if not _somebody_listens(path):
@@ -216,10 +228,16 @@ async def _link_listener(settings: Settings, endpoint: LinkEndpoint) -> AsyncIte
     try:
         # Bound under another name and renamed when only we may connect: no moment is left in between.
         unready = path.with_suffix(".new")
-        await web.UnixSite(runner, str(unready), backlog=_BACKLOG).start()
+        site = web.UnixSite(runner, str(unready), backlog=_BACKLOG)
+        await site.start()
         unready.chmod(0o600)
         unready.rename(path)
-        yield
+
+        async def stop_listening() -> None:
+            path.unlink(missing_ok=True)
+            await site.stop()
+
+        yield stop_listening
     finally:
         path.unlink(missing_ok=True)
         await runner.cleanup()

@@ -127,7 +127,12 @@ async def run(config: Config) -> None:
 def main() -> None:
     config = take_config()
     make_folders(config)
-    asyncio.run(run(config))
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        asyncio.run(run(config))
+    else:
+        uvloop.run(run(config))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from sidecar.protocol import (
     STREAM_CREDIT_BYTES,
     VERSION,
     Binary,
+    Input,
     JsonObject,
     OutputPolicy,
     ProtocolError,
@@ -186,8 +187,7 @@ class Link:
         if isinstance(message, bytes):
             if message[:1] != bytes((Binary.INPUT,)):
                 raise ProtocolError("an unknown binary message")
-            request = decode_input(message)
-            self._start_request(socket, request.request_id, self._input(request.key, request.data))
+            self._input(socket, decode_input(message))
             return
         parsed = decode_json(message)
         kind = parsed["t"]
@@ -237,8 +237,16 @@ class Link:
             del self._requests[request_id]
         self._credits.pop(request_id, None)
 
-    async def _input(self, key: str, data: bytes) -> JsonObject:
-        return {"bytes": await self._terminal.write(key, data)}
+    def _input(self, socket: WebSocket, request: Input) -> None:
+        async def write() -> JsonObject:
+            return {"bytes": await writing}
+
+        with suppress(Refused):  # `write` says so
+            if self._terminal.write_now(request.key, request.data):
+                socket.send_text(encode_json({"t": "result", "id": request.request_id, "bytes": len(request.data)}))
+                return
+        writing = self._terminal.write(request.key, request.data)
+        self._start_request(socket, request.request_id, write())
 
     async def _operation(self, socket: WebSocket, request: JsonObject) -> JsonObject:
         name, args = request.get("op"), request.get("args") or {}

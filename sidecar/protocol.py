@@ -31,6 +31,9 @@ VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_CHUNK_BYTES: Final = 64 * 1024
 MAX_INPUT_BYTES: Final = 1024 * 1024
+ONCE: Final = "once-"  # how the key of an input begins whose caller gave none
+MAX_SEQ: Final = 2**53 - 2  # the store counts in doubles, and after the last record comes one that closes the log
+MAX_TIME_MS: Final = 253_402_300_799_999  # the end of the year 9999, the last that dates have
 STREAM_PIECE_BYTES: Final = 64 * 1024
 STREAM_CREDIT_BYTES: Final = 1024 * 1024  # what a sender of a stream may send before the first `credit`
 HEARTBEAT_S: Final = 10.0  # each side pings this often, and gives the other up after three of them
@@ -85,7 +88,7 @@ class Record(NamedTuple):
 
 class Input(NamedTuple):
     request_id: int
-    key: str  # the caller's Idempotency-Key, made unique per caller; empty: none
+    key: str  # the caller's Idempotency-Key, made unique per caller; empty: none; `ONCE` and more: made for this input
     data: bytes
 
 
@@ -147,7 +150,7 @@ def decode_records(message: bytes) -> Iterator[Record]:
         position += RECORD_HEADER_BYTES
         if length > MAX_CHUNK_BYTES or end - position < length:
             raise ProtocolError("a record is too long or cut short")
-        if not 1 <= seq < 2**63 or offset >= 2**63 or time_ms >= 2**53:
+        if not 1 <= seq <= MAX_SEQ or offset >= 2**63 or time_ms > MAX_TIME_MS:
             raise ProtocolError("a record's numbers are out of range")
         if previous is not None and seq != previous + 1:
             raise ProtocolError("a record is out of order")

@@ -13,6 +13,7 @@ import ptyprocess
 from sidecar.processes import User, become
 
 _READ_BYTES: Final = 64 * 1024  # Linux hands over at most 4 KiB at a time, other systems more
+_FEW_BYTES: Final = 1024
 _READ_BUDGET_BYTES: Final = 256 * 1024  # for one turn of the event loop
 
 
@@ -46,8 +47,11 @@ class PtyProcess:
         shell = [env["SHELL"], "-l"]
         return cls(ptyprocess.PtyProcess.spawn(shell, env=env, preexec_fn=prepare, dimensions=(rows, cols)))
 
-    def read(self) -> tuple[bytes, bool]:
-        """All output there is now, up to a budget, and whether the PTY is at its end. Never blocks."""
+    def read(self, *, to_the_last: bool = True) -> tuple[bytes, bool]:
+        """All output there is now, up to a budget, and whether the PTY is at its end. Never blocks.
+
+        Without `to_the_last` a little output is taken for all there is, which spares asking again.
+        """
         pieces: list[bytes] = []
         size = 0
         while size < _READ_BUDGET_BYTES:
@@ -65,6 +69,8 @@ class PtyProcess:
                 return b"".join(pieces), True
             pieces.append(piece)
             size += len(piece)
+            if len(piece) < _FEW_BYTES and not to_the_last:
+                break
         return b"".join(pieces), False
 
     def write_some(self, data: memoryview) -> int:

@@ -6,19 +6,22 @@ import signal
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from sidecar.output_log import OutputLog
 from sidecar.processes import Reaper, User
-from sidecar.protocol import JsonObject, RecordKind
+from sidecar.protocol import ONCE, JsonObject, RecordKind
 from sidecar.pty_process import PtyClosed, PtyProcess
 
 COLS, ROWS = 80, 24
 SIZE_MAX: Final = 1000
 INPUT_PATIENCE_S: Final = 30.0  # how long an input may wait for a program that does not read
 HELD_OPEN_S: Final = 1.0  # how long descendants of an ended shell may delay the end of the terminal
+# Inputs with a caller's key, and as many whose key the control plane made, for a retry of its own within seconds: those
+# are every keystroke, and must not push out the others.
 REMEMBERED_INPUTS: Final = 4096
 
 
@@ -51,7 +54,8 @@ class Terminal:
         self._reading = False
         self._size = (COLS, ROWS)
         self._input_order = asyncio.Lock()
-        self._inputs: OrderedDict[str, _InputProgress] = OrderedDict()
+        self._writing: set[asyncio.Task[int]] = set()
+        self._inputs: dict[bool, OrderedDict[str, _InputProgress]] = {True: OrderedDict(), False: OrderedDict()}
         self._ended = asyncio.Event()
         self._ended.set()
         self._supervisor: asyncio.Task[None] | None = None
@@ -107,7 +111,7 @@ class Terminal:
         self._reading = wanted
 
     def _on_readable(self, pty: PtyProcess) -> None:
-        data, at_end = pty.read()
+        data, at_end = pty.read(to_the_last=False)
         if data:
             self._log.write(data)
         if at_end:
@@ -148,14 +152,33 @@ class Terminal:
                 return at_end
         return True
 
-    async def write(self, key: str, data: bytes) -> int:
-        """Write all of `data` to the terminal, after every earlier input; how many bytes it has.
+    def write_now(self, key: str, data: bytes) -> bool:
+        """Whether all of `data` could be written at once, as nearly always; if not, go on with `write`.
+
+        Raises:
+            Refused: `idempotency-key-reused`.
+        """
+        pty, progress = self._pty, self._progress_of(key, data)
+        if self._writing or not key or pty is None or not self.running or progress.terminal != self._shell_number:
+            return False
+        with suppress(PtyClosed):
+            progress.written += pty.write_some(memoryview(data)[progress.written :])
+        return progress.written == len(data)
+
+    def write(self, key: str, data: bytes) -> "asyncio.Task[int]":
+        """Write all of `data` to the terminal, after every earlier call's; how many bytes it has.
 
         The same `key` with the same data again writes only what is not written yet.
 
         Raises:
             Refused: `terminal-exited`; `idempotency-key-reused`; `terminal-not-reading` with `writtenBytes`.
         """
+        task = asyncio.get_running_loop().create_task(self._write(key, data))
+        self._writing.add(task)  # from this call on, and not from when it gets to run
+        task.add_done_callback(self._writing.discard)
+        return task
+
+    async def _write(self, key: str, data: bytes) -> int:
         progress = self._progress_of(key, data)
         async with progress.lock, self._input_order:
             if progress.written < len(data) or not data:
@@ -166,11 +189,12 @@ class Terminal:
         digest = hashlib.sha256(data).digest() if key else b""
         if not key:
             return _InputProgress(digest, self._shell_number)
-        known = self._inputs.get(key)
+        inputs = self._inputs[key.startswith(ONCE)]
+        known = inputs.get(key)
         if known is None:
-            known = self._inputs[key] = _InputProgress(digest, self._shell_number)
-            if len(self._inputs) > REMEMBERED_INPUTS:
-                self._inputs.popitem(last=False)
+            known = inputs[key] = _InputProgress(digest, self._shell_number)
+            if len(inputs) > REMEMBERED_INPUTS:
+                inputs.popitem(last=False)
         elif known.digest != digest:
             raise Refused("idempotency-key-reused", "the Idempotency-Key was used with other input")
         return known

@@ -13,7 +13,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn, Self, cast
 from urllib.parse import urlsplit
 
 from sidecar.protocol import MAX_MESSAGE_BYTES, ProtocolError
@@ -144,8 +144,7 @@ class WebSocket(asyncio.Protocol):
         raise self._error
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(EOFError(f"the link broke: {exc}" if exc else "the link was cut"))

@@ -47,7 +47,14 @@ async def attach(request: web.Request) -> web.StreamResponse:
     await authenticate_or_redeem(request)
     caller = require_scope(request, Scope.READ)
     session = await request.app[REGISTRY].get(caller.organization_id, request.match_info["id"])
-    follower = Follower(request.app[TERMINALS], request.app[REGISTRY], session, after=asked.after_seq or 0)
+    follower = Follower(
+        request.app[TERMINALS],
+        request.app[REGISTRY],
+        session,
+        after=asked.after_seq or 0,
+        early=True,
+        marks=bool(ready.protocol),
+    )
     if asked.after_seq is None:
         await follower.start_at_tail(_TAIL_BYTES if asked.tail_bytes is None else asked.tail_bytes)
     terminal = await request.app[TERMINALS].state(session)

@@ -80,11 +80,10 @@ def plain_frames(output: Output) -> Iterator[Sent]:
         yield Sent(data, output.last_seq)
 
 
-def marked_frames(output: Output, offset: int) -> Iterator[Sent]:
-    """The page's bytes and events in order, and then a mark: everything up to this seq was sent."""
+def marked_frames(output: Output) -> Iterator[Sent]:
+    """The page's bytes and events in order. A mark follows when all of it is durable."""
     if output.truncated:
-        first_seq = output.page.records[0].seq
-        yield Sent(as_json("truncated", afterSeq=output.after, firstSeq=first_seq), first_seq - 1)
+        yield Sent(as_json("truncated", afterSeq=output.after, firstSeq=output.first_seq), output.first_seq - 1)
     pieces: list[bytes] = []
     for record in output.page.records:
         if record.kind is RecordKind.OUTPUT:
@@ -98,5 +97,3 @@ def marked_frames(output: Output, offset: int) -> Iterator[Sent]:
         yield Sent(json.dumps(event, separators=(",", ":")), record.seq)
     if pieces:
         yield Sent(b"".join(pieces), output.last_seq)
-    if output.page.records:
-        yield Sent(as_json("seq", seq=output.last_seq, offset=offset), output.last_seq)

@@ -64,7 +64,7 @@ class Attachment:
         self._marked = bool(socket.ws_protocol)
         self._writable = Scope.WRITE in caller.scopes
         self._pace = Pace(request)
-        self._sent_seq = follower.after
+        self._sent_seq = self._marked_seq = follower.after
         self._status = follower.session.status
         self._keys = Keystrokes(self._write, on_written=self._written, on_refused=self._refused)
         self._controls: asyncio.Queue[ResizeFrame | SignalFrame] = asyncio.Queue(_CONTROLS_MAX)
@@ -122,11 +122,12 @@ class Attachment:
 
     async def _deliver(self, terminal: TerminalState) -> None:
         async for output in self._follower.pages(PING_S):
-            frames = marked_frames(output, self._follower.offset) if self._marked else plain_frames(output)
-            for frame, seq in frames:
-                self._sent_seq = seq
+            for frame, seq in marked_frames(output) if self._marked else plain_frames(output):
+                self._sent_seq = min(seq, max(self._follower.durable_seq, output.after))
                 await self._send(frame)
-            self._sent_seq = self._follower.after
+            self._sent_seq = self._follower.durable_seq
+            if self._marked:
+                await self._say_mark()
             now_s = time.monotonic()
             if output.has_more and now_s - self._looked_at_s > _LOOK_S:
                 await self._look_behind()
@@ -140,6 +141,13 @@ class Attachment:
         if self._marked:
             await self._say_status()
         raise _Goodbye(WSCloseCode.OK, "the session has ended")
+
+    async def _say_mark(self) -> None:
+        """Everything up to here was sent and is durable: the place to resume from."""
+        seq = self._follower.durable_seq
+        if seq > self._marked_seq:
+            self._marked_seq = seq
+            await self._send(as_json("seq", seq=seq, offset=self._follower.durable_offset))
 
     async def _send(self, frame: bytes | str) -> None:
         sending = self._socket.send_bytes(frame) if isinstance(frame, bytes) else self._socket.send_str(frame)

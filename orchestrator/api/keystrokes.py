@@ -10,12 +10,18 @@ from orchestrator.errors import OrchestratorError
 from sidecar.protocol import MAX_INPUT_BYTES
 
 OUTSTANDING_BYTES_MAX: Final = 1024 * 1024
+_COST_BYTES: Final = 250
 
 
 @dataclass(frozen=True, slots=True)
 class Typed:
     data: bytes
     input_id: str = ""
+
+    @property
+    def cost_bytes(self) -> int:
+        """What it takes while it waits: so that a great many tiny or empty ones count, too."""
+        return len(self.data) + _COST_BYTES
 
 
 class Keystrokes:
@@ -37,7 +43,7 @@ class Keystrokes:
 
     def add(self, typed: Typed) -> None:
         self._waiting.append(typed)
-        self._outstanding_bytes += len(typed.data)
+        self._outstanding_bytes += typed.cost_bytes
         self._more.set()
 
     async def room(self) -> None:
@@ -56,25 +62,27 @@ class Keystrokes:
             while not self._waiting:
                 self._more.clear()
                 await self._more.wait()
-            typed = self._take()
+            typed, cost_bytes = self._take()
             try:
                 written = await self._write(typed)
             except OrchestratorError as error:
                 await self._on_refused(typed, error)
             else:
                 await self._on_written(typed, written)
-            self._outstanding_bytes -= len(typed.data)
+            self._outstanding_bytes -= cost_bytes
             self._room.set()
 
-    def _take(self) -> Typed:
-        """The next input, together with what follows when neither has an id of its own."""
+    def _take(self) -> tuple[Typed, int]:
+        """The next input, together with what follows when neither has an id of its own; and what they cost."""
         first = self._waiting.popleft()
         if first.input_id or not self._waiting:
-            return first
-        pieces, size = [first.data], len(first.data)
+            return first, first.cost_bytes
+        pieces, size, cost_bytes = [first.data], len(first.data), first.cost_bytes
         while self._waiting and not self._waiting[0].input_id:
             if size + len(self._waiting[0].data) > MAX_INPUT_BYTES:
                 break
-            pieces.append(self._waiting.popleft().data)
-            size += len(pieces[-1])
-        return Typed(b"".join(pieces))
+            following = self._waiting.popleft()
+            pieces.append(following.data)
+            size += len(following.data)
+            cost_bytes += following.cost_bytes
+        return Typed(b"".join(pieces)), cost_bytes

@@ -77,7 +77,7 @@ def _cors_headers(request: web.Request) -> dict[str, str]:
 
 async def _pump(stream: EventStream, follower: Follower, *, base64_data: bool) -> None:
     async for output in follower.pages(KEEP_ALIVE_S):
-        if output.page.records:
+        if output.page.records or output.truncated:
             await stream.send(_events(output, base64_data=base64_data))
         else:
             await stream.keep_alive()
@@ -87,7 +87,7 @@ async def _pump(stream: EventStream, follower: Follower, *, base64_data: bool) -
 def _events(output: Output, *, base64_data: bool) -> bytes:
     parts = []
     if output.truncated:
-        parts.append(event({"afterSeq": output.after, "firstSeq": output.page.records[0].seq}, name="truncated"))
+        parts.append(event({"afterSeq": output.after, "firstSeq": output.first_seq}, name="truncated"))
     for record in output.page.records:
         chunk = chunk_object(record, base64_data=base64_data)
         parts.append(event(chunk, name=chunk.get("type", "output"), event_id=str(record.seq)))

@@ -68,7 +68,7 @@ def session_object(session: Session, terminal: TerminalState | None, origin: str
 
 
 def terminal_object(terminal: TerminalState) -> dict[str, Any]:
-    return {"state": terminal.state, "cols": terminal.cols, "rows": terminal.rows, **terminal.exit}
+    return {**terminal.exit, "state": terminal.state, "cols": terminal.cols, "rows": terminal.rows}
 
 
 async def create_session(request: web.Request) -> web.Response:

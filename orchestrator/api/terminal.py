@@ -83,7 +83,7 @@ async def read_output(request: web.Request) -> web.Response:
     asked = query(request, OutputQuery)
     session_id = request.match_info["id"]
     output = await request.app[TERMINALS].read(
-        caller.organization_id, session_id, after=asked.after_seq, limit=asked.limit, wait_s=asked.wait
+        caller.organization_id, session_id, after=asked.after_seq, limit=asked.limit, wait_s=asked.wait, until_stop=True
     )
     return json_response(_output_object(session_id, output, base64_data=asked.encoding == "base64"))
 

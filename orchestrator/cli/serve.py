@@ -58,23 +58,24 @@ def _run(settings: Settings, begin: Begin) -> None:
         asyncio.run(work)
     else:
         uvloop.run(work)
-    _leave_stuck_threads()
+    _leave()
 
 
-def _leave_stuck_threads() -> None:
-    """End although a call to an engine that does not answer is under way, for which Python would wait a minute.
+def _leave() -> None:
+    """End the process at once: everything is closed by now.
 
-    Everything else is closed by now, and what the engine was asked for is found again by its labels.
+    Not by returning. Python would wait a minute for a call to an engine that does not answer (what it was asked for is
+    found again by its labels), and takes its memory apart, which costs 0.3 s of processor time for 100 sessions: ten
+    seconds where their workspaces leave us a thirtieth of it.
     """
     give_up_at = time.monotonic() + STUCK_THREADS_S
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(max(0, give_up_at - time.monotonic()))
-            if thread.is_alive():
-                logging.shutdown()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 async def _until_stopped(settings: Settings, begin: Begin) -> None:

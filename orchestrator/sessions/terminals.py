@@ -26,13 +26,14 @@ from orchestrator.terminal.hub import Hub
 from orchestrator.terminal.link import LinkLost, RequestRefused
 from orchestrator.terminal.output_store import PAGE_BYTES, OutputStore, Page
 from orchestrator.terminal.relay import SessionLink
-from sidecar.protocol import JsonObject, integer
+from sidecar.protocol import ONCE, JsonObject, integer
 
 CREATE_PATIENCE_S: Final = 60.0  # how long a call waits for a terminal that is being created
 LINK_PATIENCE_S: Final = 10.0  # and for one whose link is being made again
 WRITE_PATIENCE_S: Final = 45.0  # longer than a sidecar waits for a program that does not read
 INPUT_QUEUED_BYTES_MAX: Final = 8 * 1024 * 1024  # of one session, in this process
 REQUEST_S: Final = 10.0
+NEVER: Final = 2**63
 
 T = TypeVar("T")
 
@@ -45,8 +46,12 @@ class Output:
     @property
     def truncated(self) -> bool:
         """Records between `after` and the first that is left are gone."""
-        oldest = self.page.records[0].seq if self.page.records else self.page.first_seq
-        return oldest > self.after + 1 and self.page.last_seq > self.after
+        return self.first_seq > self.after + 1 and self.page.last_seq > self.after
+
+    @property
+    def first_seq(self) -> int:
+        """The first record here; with none, the oldest that is kept, or will be."""
+        return self.page.records[0].seq if self.page.records else self.page.first_seq
 
     @property
     def last_seq(self) -> int:
@@ -74,7 +79,7 @@ class Terminals:
         """
         # Every input has a key towards the sidecar, so that one which a lost link left unanswered can be sent again.
         unique = hashlib.sha256(f"{caller}\n{idempotency_key}".encode()).hexdigest()[:32]
-        key = unique if idempotency_key else f"once-{secrets.token_hex(8)}"
+        key = unique if idempotency_key else f"{ONCE}{secrets.token_hex(8)}"
         if self._queued_bytes[session_id] + len(data) > INPUT_QUEUED_BYTES_MAX:
             raise TerminalNotReading("too much input waits for this terminal already", writtenBytes=0)
         self._queued_bytes[session_id] += len(data)
@@ -146,21 +151,27 @@ class Terminals:
         limit: int,
         wait_s: float,
         max_bytes: int = PAGE_BYTES,
+        until_stop: bool = False,
+        early: bool = False,
+        until_durable: int = NEVER,
     ) -> Output:
         """Output after `after`, about `max_bytes` of it; with nothing there, what comes within `wait_s`.
+
+        `until_stop`: and before the process stops. `early`: also what is not durable yet, see `LiveLog.page`; the wait
+        then ends, too, when `until_durable` is.
 
         Raises:
             SessionNotFound: not in this organization.
         """
-        page = self._live_page(organization_id, session_id, after, limit, max_bytes)
+        page = self._live_page(organization_id, session_id, after, limit, max_bytes, early=early)
         if page is not None and (page.records or wait_s <= 0):
             return Output(page, after)
         deadline = time.monotonic() + wait_s
         session: Session | None = None
-        async with self._hub.watching(session_id) as watch:
+        async with self._hub.watching(session_id, early=early) as watch:
             while True:
                 watch.clear()
-                page = self._live_page(organization_id, session_id, after, limit, max_bytes)
+                page = self._live_page(organization_id, session_id, after, limit, max_bytes, early=early)
                 if page is None:
                     # First the session: when it has ended, all its output is there.
                     session = await self._registry.get(organization_id, session_id)
@@ -168,16 +179,25 @@ class Terminals:
                     if session.status.ended:
                         return Output(page, after)
                 left_s = deadline - time.monotonic()
-                if page.records or left_s <= 0:
+                if page.records or left_s <= 0 or (until_stop and self._hub.stopping):
+                    return Output(page, after)
+                if until_durable <= (self.durable_seq(session_id) or 0):
                     return Output(page, after)
                 await watch.wait(left_s)
 
-    def _live_page(self, organization_id: str, session_id: str, after: int, limit: int, max_bytes: int) -> Page | None:
+    def durable_seq(self, session_id: str) -> int | None:
+        """Up to where the log is in the store for good; None when only the store knows."""
+        link = self._hub.link(session_id)
+        return None if link is None else link.live.last_seq
+
+    def _live_page(
+        self, organization_id: str, session_id: str, after: int, limit: int, max_bytes: int, *, early: bool
+    ) -> Page | None:
         """From memory, when this replica holds the link and has it there: without a way to the store."""
         link = self._hub.link(session_id)
         if link is None or link.organization_id != organization_id:
             return None
-        return link.live.page(after, limit=limit, max_bytes=max_bytes)
+        return link.live.page(after, limit=limit, max_bytes=max_bytes, early=early)
 
     async def archive(self, session: Session, result: JsonObject, preview: JsonObject | None) -> AsyncIterator[bytes]:
         """The workspace as a zip, or what `preview` asks for of it; facts about it are in `result` at the end.

@@ -19,10 +19,10 @@ for i = 5, #ARGV, 5 do
     break
   elseif seq == last + 1 then
     local kind, data = ARGV[i + 3], ARGV[i + 4]
-    redis.call('XADD', stream, seq .. '-0', 'o', ARGV[i + 1], 't', ARGV[i + 2], 'k', kind, 'd', data)
+    redis.call('XADD', stream, ARGV[i] .. '-0', 'o', ARGV[i + 1], 't', ARGV[i + 2], 'k', kind, 'd', data)
     last = seq
     if total - mark >= distance then
-      redis.call('RPUSH', marks, seq .. ':' .. total)
+      redis.call('RPUSH', marks, ARGV[i] .. ':' .. string.format('%.0f', total))
       mark = total
     end
     total = total + math.max(#data, least)

@@ -17,7 +17,7 @@ if known[2] == 'running' then
     if fields.k == '0' then offset = offset + #fields.d end
     if tonumber(fields.t) > time then time = tonumber(fields.t) end
   end
-  redis.call('XADD', stream, last .. '-0', 'o', string.format('%.0f', offset), 't', string.format('%.0f', time),
+  redis.call('XADD', stream, string.format('%.0f', last) .. '-0', 'o', string.format('%.0f', offset), 't', string.format('%.0f', time),
     'k', '2', 'd', ARGV[2])
   redis.call('HSET', tail, 'last', last, 'state', 'lost', 'exit', ARGV[2])
 end

@@ -26,7 +26,8 @@ log = structlog.get_logger(__name__)
 class Watch:
     """One waiter for changes of a session. `clear` it before you look, then `wait`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, early: bool = False) -> None:
+        self.early = early  # woken also by output that is not durable yet
         self._event = asyncio.Event()
         self.confirmed = True  # nothing is missed; False: look again soon
 
@@ -63,6 +64,7 @@ class Hub:
         self._watches: dict[str, set[Watch]] = {}
         self._remote: dict[str, RemoteLink] = {}
         self._listening: dict[str, Callable[[bytes], None]] = {}
+        self.stopping = self.closing = False
         self.relay = Relay(bus, tasks, directory.replica_id, self.link)
         self.relay.on_moved, self.relay.on_gap = self._on_moved, self._on_gap
 
@@ -74,9 +76,9 @@ class Hub:
     # Watching
 
     @asynccontextmanager
-    async def watching(self, session_id: str) -> AsyncIterator[Watch]:
+    async def watching(self, session_id: str, *, early: bool = False) -> AsyncIterator[Watch]:
         """A watch that wakes at new output, another status or another link, on whichever replica it happens."""
-        watch = Watch()
+        watch = Watch(early=early)
         self._watches.setdefault(session_id, set()).add(watch)
         try:
             if self.link(session_id) is None:
@@ -124,10 +126,28 @@ class Hub:
         for watch in self._watches.get(session_id, ()):
             watch.wake()
 
+    def stop_waiting(self) -> None:
+        """We stop: whoever waits here looks again, and sees by `stopping` that waiting is over."""
+        self.stopping = True
+        for session_id in list(self._watches):
+            self.changed(session_id)
+
+    def received(self, session_id: str) -> None:
+        """Output has come over a link of ours and is being appended."""
+        for watch in self._watches.get(session_id, ()):
+            if watch.early:
+                watch.wake()
+
     # Links
 
     async def attach(self, link: SidecarLink) -> None:
-        """Take in a link that said hello; an older one of the same session is closed, wherever it is."""
+        """Take in a link that said hello; an older one of the same session is closed, wherever it is.
+
+        Raises:
+            LinkLost: we stop.
+        """
+        if self.closing:
+            raise LinkLost
         older = self._links.get(link.session_id)
         self._links[link.session_id] = link
         if older is not None:
@@ -250,12 +270,15 @@ class Hub:
         # The directory's entry may be among what was lost.
         await self._directory.restore(link.session_id, link.number)
         _, last_seq = await self._store.bounds(link.session_id)
-        try:
+        # Not waited for: a sidecar that takes nothing must not keep the others' from being healed.
+        self._tasks.start(self._resume(link, last_seq), name=f"resume {link.session_id}")
+
+    async def _resume(self, link: SidecarLink, last_seq: int) -> None:
+        with suppress(LinkLost):
             await link.resume_from(last_seq)
-        except LinkLost:
-            return
 
     async def close(self) -> None:
-        """Close all links at the same time: one that does not answer costs the others nothing."""
+        """Close all links at the same time: one that does not answer costs the others nothing. No new ones come in."""
+        self.closing = True
         closing = [link.close("the control plane stops") for link in self._links.values()]
         await asyncio.gather(*closing, return_exceptions=True)

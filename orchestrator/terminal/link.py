@@ -103,7 +103,9 @@ class SidecarLink:
         live: LiveLog,
         *,
         on_appended: Callable[[str, list[Record]], Awaitable[None]],
+        on_received: Callable[[str], None] = lambda _session_id: None,
     ) -> None:
+        self._on_received = on_received
         self.session_id, self.organization_id, self.live = session.id, session.organization_id, live
         self.number = secrets.token_hex(8)  # names this very connection, for other replicas
         self._transport, self._store, self._on_appended = transport, store, on_appended
@@ -202,6 +204,7 @@ class SidecarLink:
         self._queued_bytes = 0
         self._room.set()
         self._expected_seq = last_seq + 1
+        self.live.forget_ahead()
         self._begin_acknowledging()
         await self._send({"t": "resume", "after": last_seq})
 
@@ -221,6 +224,8 @@ class SidecarLink:
                 self._expected_seq = None
             self._queue.extend(records)
             self._queued_bytes += _size(records)
+            self.live.receive(records)
+            self._on_received(self.session_id)
             self._queue_changed.set()
             while self._queued_bytes > _QUEUED_BYTES_MAX and not self.closed.is_set():
                 self._room.clear()
@@ -265,6 +270,8 @@ class SidecarLink:
         try:
             await self._transport.send_binary(encode_input(Input(request_id, key, data)))
             return integer(await future, "bytes")
+        except ProtocolError as error:  # told at once, on whichever replica it is waited for
+            raise RequestRefused("invalid-answer", f"the workspace's answer is none: {error}", {}) from error
         except ConnectionError as error:
             self.lost()
             raise LinkLost from error

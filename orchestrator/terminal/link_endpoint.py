@@ -17,6 +17,7 @@ from orchestrator.terminal.output_store import LogClosed, OutputStore
 from sidecar.protocol import (
     HEARTBEAT_S,
     MAX_MESSAGE_BYTES,
+    MAX_SEQ,
     VERSION,
     JsonObject,
     ProtocolError,
@@ -78,6 +79,8 @@ class LinkEndpoint:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         session_id = request.headers.get("X-Session-Id", "")
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self._hub.closing:
+            return web.Response(status=503)
         try:
             session = await self._authenticate(session_id, token)
         except LinkRefused as refused:
@@ -108,9 +111,11 @@ class LinkEndpoint:
         if hello.get("sessionId") != session.id or hello.get("workspaceId") != session.workspace_id:
             raise ProtocolError("the hello is of another session")
         kept_from, stands_at = await self._resume_after(session.id, hello)
-        live = LiveLog(kept_from, stands_at, self._live_budget)
+        live = LiveLog(kept_from, stands_at, self._live_budget, numbered_seq=integer(hello, "lastSeq"))
         transport = _WebSocketTransport(socket)
-        link = SidecarLink(session, transport, self._store, live, on_appended=self._on_appended)
+        link = SidecarLink(
+            session, transport, self._store, live, on_appended=self._on_appended, on_received=self._hub.received
+        )
         welcome: JsonObject = {"t": "welcome", "v": VERSION, "resumeAfter": stands_at}
         await socket.send_str(encode_json(welcome | {"outputPolicy": session.output_policy}))
         try:
@@ -134,6 +139,8 @@ class LinkEndpoint:
         """The oldest seq that the store keeps, and the one after which the sidecar is to go on."""
         first, last = integer(hello, "firstSeq"), integer(hello, "lastSeq")
         kept_from, stands_at = await self._store.bounds(session_id)
+        if max(first, last) > MAX_SEQ:
+            raise ProtocolError("the hello's numbers are out of range")
         if stands_at > last:
             raise ProtocolError(f"the sidecar has {last} records, the store {stands_at}: this is not the same terminal")
         if stands_at < first - 1:

@@ -13,12 +13,21 @@ from typing import Any, Final
 from orchestrator.models import TerminalState
 from orchestrator.store.connection import StoreClient
 from orchestrator.store.lane import ScriptLane
-from sidecar.protocol import Record, RecordKind
+from sidecar.protocol import MAX_SEQ, Record, RecordKind
 
 PAGE_BYTES: Final = 1024 * 1024
 _FIRST_PAGE: Final = 32  # entries; enough for a page of large chunks, and more are asked for when they are small
 _MARKS: Final = 64  # retention is trimmed in about this many steps
 RECORD_LEAST_BYTES: Final = 16  # what a record counts at least, so that tiny ones cannot fill the store's memory
+
+
+# Only forward: two replicas may find the same loss, or one of them twice, and meanwhile the log has gone on.
+# KEYS: the tail; ARGV: the seq to go on after.
+_SKIP: Final = """
+if tonumber(redis.call('HGET', KEYS[1], 'last') or '0') >= tonumber(ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[1], 'last', ARGV[1], 'first', string.format('%.0f', tonumber(ARGV[1]) + 1))
+return 1
+"""
 
 
 def events_channel(session_id: str) -> str:
@@ -54,6 +63,7 @@ class OutputStore:
         script = redis.register_script(files(__package__).joinpath("append.lua").read_text())
         self._append = ScriptLane(redis, script)
         self._close = redis.register_script(files(__package__).joinpath("close.lua").read_text())
+        self._skip = redis.register_script(_SKIP)
 
     @staticmethod
     def keys(session_id: str) -> list[str]:
@@ -98,8 +108,11 @@ class OutputStore:
         return int(first or 1), int(last or 0)
 
     async def skip_to(self, session_id: str, last_seq: int) -> None:
-        """Go on after `last_seq` though what stood before it was lost; readers are told by `truncated`."""
-        await self._redis.hset(self.keys(session_id)[1], mapping={"last": last_seq, "first": last_seq + 1})
+        """Go on after `last_seq` though what stood before it was lost; readers are told by `truncated`.
+
+        A log that is there or further already stays as it is.
+        """
+        await self._skip(keys=[self.keys(session_id)[1]], args=[last_seq])
 
     async def terminal_state(self, session_id: str) -> TerminalState:
         return _terminal_state(await self._redis.hmget(self.keys(session_id)[1], _STATE_FIELDS))
@@ -107,6 +120,7 @@ class OutputStore:
     async def read(self, session_id: str, *, after: int, limit: int, max_bytes: int = PAGE_BYTES) -> Page:
         """At most `limit` records after `after`, and about `max_bytes` of output."""
         stream, tail, _ = self.keys(session_id)
+        after = min(after, MAX_SEQ)  # callers may ask for any, the store's ids have 64 bits
         records: list[Record] = []
         size, count = 0, min(limit, _FIRST_PAGE)
         while True:
@@ -158,10 +172,35 @@ def _terminal_state(fields: Sequence[Any]) -> TerminalState:
     return TerminalState(state.decode(), cols, rows, record_facts(exit_facts or b""))
 
 
+_FACTS: Final[dict[str, type]] = {
+    "cols": int,
+    "rows": int,
+    "exitCode": int,
+    "signal": str,
+    "ptyHeldOpen": bool,
+    "lost": str,
+    "droppedBytes": int,
+}
+
+
 def record_facts(data: bytes) -> dict[str, Any]:
-    """The facts of a record that is no output; empty when they do not parse (they come from a workspace)."""
+    """The facts of a record that is no output: those that the protocol names, as far as they are what it says.
+
+    They come from a workspace, and callers put them beside members of their own.
+    """
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    return {name: _printable(facts[name]) for name, kind in _FACTS.items() if _is_fact(facts.get(name), kind)}
+
+
+def _is_fact(value: object, kind: type) -> bool:
+    return type(value) is kind and not (isinstance(value, int) and abs(value) >= 2**53)
+
+
+def _printable(value: Any) -> Any:
+    """JSON can name halves of characters (lone surrogates), which nothing can be written with."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.end_to_end.conftest import on_both_runtimes
+from tests.end_to_end.harness import SessionClient
 from tests.end_to_end.polling import poll_through, retrying
 
 
@@ -46,8 +47,6 @@ async def test_the_store_killed_in_the_middle_of_a_flood_loses_nothing(serve):
 async def test_a_restart_is_ready_within_three_seconds_and_knows_sessions_keys_output_and_apps(serve):
     async with serve.client() as client:
         answer = await client.call("POST", "code-sessions", {"projectName": "kept", "projectDescription": "d"})
-        from tests.end_to_end.harness import SessionClient
-
         session = SessionClient(client, answer.json["sessionId"])
         await session.run("echo '<h1>kept</h1>' > index.html; X=still-there")
         deployment = await session.deploy()
@@ -114,7 +113,8 @@ async def test_a_session_whose_sidecar_is_killed_says_so_within_seconds_and_leav
         assert shown["terminal"]["state"] == "lost"
         refused = await client.call("POST", f"{session.path}/input", {"text": "x"})
         assert (refused.status, refused.json["code"]) == (409, "session-ended")
-        assert (await client.call("GET", f"{session.path}/output")).json["chunks"]
+        last = (await client.call("GET", f"{session.path}/output")).json["chunks"][-1]
+        assert (last["type"], last["lost"]) == ("exit", shown["statusReason"])
     assert not [process for process in serve.processes() if "sleep" in process.name()]
     assert list((serve.data_dir / "workspaces").iterdir()) == []
 
@@ -130,3 +130,35 @@ async def test_a_restart_ends_no_session_and_leaves_a_workspace_that_may_be_in_t
         with pytest.raises(TimeoutError):
             await session.until_status("failed", timeout_s=1)
     assert orphan.exists()  # unknown for a moment only: it may be one that is being made
+
+
+async def test_with_drop_oldest_a_program_never_waits_and_every_byte_is_there_or_counted(serve):
+    async with serve.client() as client:
+        body = {"projectName": "drops", "projectDescription": "", "outputPolicy": "drop-oldest"}
+        answer = await client.call("POST", "code-sessions", body)
+        session = SessionClient(client, answer.json["sessionId"])
+        await session.run("stty raw -echo; PS1=; bind 'set enable-bracketed-paste off'")
+        before = session.after
+        done = serve.data_dir.parent / "done"
+        await session.send(f"sleep 0.5; seq 1 2000000; touch {done}; echo all-''done\n")
+        serve.kill()
+        async with asyncio.timeout(60):
+            while not done.exists():  # 15 MB, of which the sidecar keeps 4, and nobody takes any
+                await asyncio.sleep(0.1)
+        serve.start()
+        chunks, after = [], before
+        async with asyncio.timeout(60):
+            while not chunks or "all-done" not in chunks[-1]["text"]:
+                answer = await client.call("GET", f"{session.path}/output?afterSeq={after}&wait=5")
+                chunks += answer.json["chunks"]
+                after = answer.json["lastSeq"]
+        assert [chunk["seq"] for chunk in chunks] == list(range(before + 1, after + 1))
+        gaps = [chunk for chunk in chunks if chunk.get("type") == "gap"]
+        assert len(gaps) == 1
+        wanted = "".join(f"{number}\n" for number in range(1, 2_000_001)) + "all-done\n"
+        shown = "".join(chunk["text"] for chunk in chunks)
+        assert len(shown) + gaps[0]["droppedBytes"] == len(wanted)
+        kept = "".join(chunk["text"] for chunk in chunks[chunks.index(gaps[0]) + 1 :])
+        assert wanted.endswith(kept)
+        assert len(kept) > 3_000_000
+        await session.delete()

@@ -17,7 +17,7 @@ def _records(first, sizes):
     ]
 
 
-@given(st.integers(1, 2**62), st.lists(st.integers(0, 300), max_size=20))
+@given(st.integers(1, protocol.MAX_SEQ - 20), st.lists(st.integers(0, 300), max_size=20))
 def test_records_come_back_as_they_were_sent(first, sizes):
     records = _records(first, sizes)
     assert list(protocol.decode_records(protocol.encode_records(records))) == records
@@ -95,3 +95,12 @@ def test_text_decoded_chunk_by_chunk_equals_text_decoded_as_a_whole(stream, read
 def test_a_character_is_never_split(text, cut):
     data = text.encode("utf-8", "ignore")[:cut]
     codecs.decode(data[: protocol.complete_utf8(data)], "utf-8")  # strict
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"seq": protocol.MAX_SEQ + 1}, {"offset": 2**63}, {"time_ms": 253_402_300_800_000}]
+)
+def test_numbers_that_no_terminal_can_have_are_refused(numbers):
+    record = _records(1, [1])[0]._replace(**numbers)
+    with pytest.raises(ProtocolError, match="out of range"):
+        list(protocol.decode_records(protocol.encode_records([record])))

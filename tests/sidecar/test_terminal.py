@@ -8,8 +8,8 @@ import pytest
 
 from sidecar.output_log import OutputLog
 from sidecar.processes import Reaper, User
-from sidecar.protocol import RecordKind
-from sidecar.terminal import Refused, Terminal
+from sidecar.protocol import ONCE, RecordKind
+from sidecar.terminal import REMEMBERED_INPUTS, Refused, Terminal
 
 
 class Watched:
@@ -102,6 +102,17 @@ async def test_a_megabyte_of_input_arrives_completely_though_the_terminal_takes_
 async def test_the_same_key_writes_once_however_often_it_is_sent(watched):
     for _ in range(5):
         assert await watched.terminal.write("key-1", b"echo once-$((40+2))\n") == 20
+    await watched.run("true")
+    assert watched.output.count(b"once-42") == 1
+
+
+async def test_a_key_is_remembered_however_much_is_typed_without_one(watched):
+    await watched.run("stty -echo")
+    await watched.terminal.write("key-1", b"echo once-$((40+2))\n")
+    await watched.until(lambda: b"once-42" in watched.output)
+    for number in range(REMEMBERED_INPUTS + 1):
+        await watched.terminal.write(f"{ONCE}{number}", b"\n")
+    assert await watched.terminal.write("key-1", b"echo once-$((40+2))\n") == 20
     await watched.run("true")
     assert watched.output.count(b"once-42") == 1
 

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from orchestrator.api.keystrokes import OUTSTANDING_BYTES_MAX, Keystrokes, Typed
 from orchestrator.errors import TerminalNotReading
 from orchestrator.tasks import end_tasks
@@ -59,4 +61,24 @@ async def test_nothing_more_is_taken_in_while_too_much_waits():
     terminal.may_write.release()
     async with asyncio.timeout(5):
         await room
+    await end_tasks(running)
+
+
+@pytest.mark.parametrize("typed", [Typed(b"", "id"), Typed(b"x"), Typed(b"x", "id")])
+async def test_a_great_many_tiny_inputs_are_too_much_as_well(typed):
+    terminal = Terminal()
+    keys = terminal.keystrokes()
+    count = 5000
+    for _ in range(count):
+        keys.add(typed)
+    room = asyncio.create_task(keys.room())
+    await asyncio.sleep(0.05)
+    assert not room.done()
+    running = asyncio.create_task(keys.run())
+    for _ in range(count):
+        terminal.may_write.release()
+    async with asyncio.timeout(5):
+        await room
+        while not keys.idle:
+            await asyncio.sleep(0.001)
     await end_tasks(running)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from orchestrator.terminal.link import LinkLost
-from sidecar.protocol import Record, RecordKind, encode_records
+from sidecar.protocol import STREAM_CREDIT_BYTES, Record, RecordKind, encode_json, encode_records, encode_stream
 from tests.orchestrator.terminal.planes import replicas, until
 
 
@@ -137,3 +137,85 @@ async def test_what_a_lost_link_had_brought_is_still_appended(redis):
         await until(lambda: not sidecar.link._queue)
         await asyncio.sleep(0.1)
         assert await one.store.bounds("cs_a") == (1, 2)
+
+
+async def test_a_hub_that_closes_takes_in_no_link_any_more(redis):
+    async with replicas(redis, "a") as (one,):
+        first = await one.link_sidecar("cs_a")
+        await one.hub.close()
+        assert first.goodbye
+        with pytest.raises(LinkLost):
+            await one.link_sidecar("cs_a")
+
+
+async def test_who_waits_looks_again_at_once_when_the_process_stops(redis):
+    async with replicas(redis, "a") as (one,), one.hub.watching("cs_a") as watch:
+        waiting = asyncio.create_task(watch.wait(60))
+        await asyncio.sleep(0)
+        one.hub.stop_waiting()
+        async with asyncio.timeout(1):
+            assert await waiting
+        assert one.hub.stopping
+
+
+async def test_a_sidecar_that_takes_nothing_does_not_keep_others_from_being_healed_after_the_store_was_restarted(redis):
+    identities = iter(["one", "two"])
+
+    async def identity():
+        return next(identities, "two")
+
+    async def stuck(_message):
+        await asyncio.Event().wait()
+
+    async with replicas(redis, "a") as (one,):
+        one.hub._store_identity = identity
+        deaf, other = await one.link_sidecar("cs_a"), await one.link_sidecar("cs_b")
+        deaf.send_text = stuck
+        one.tasks.start(one.hub.watch_store(), name="watch store")
+        await until(lambda: {"t": "resume", "after": 0} in other.sent)
+
+
+async def test_a_stream_of_another_replicas_sidecar_comes_whole_and_at_the_readers_pace(redis):
+    async with replicas(redis, "a", "b") as (holder, other):
+        sidecar = await holder.link_sidecar("cs_a")
+        sidecar.silent = True
+        pieces = [bytes([place % 251]) * 60_000 for place in range(60)]  # more than a stream's first credit
+
+        def granted_bytes():
+            return sum(message["bytes"] for message in sidecar.sent if message["t"] == "credit")
+
+        async def send_the_archive():
+            await until(lambda: any(message["t"] == "request" for message in sidecar.sent))
+            request = next(message for message in sidecar.sent if message["t"] == "request")
+            sent_bytes = 0
+            for piece in pieces:
+                while sent_bytes >= STREAM_CREDIT_BYTES + granted_bytes():
+                    await asyncio.sleep(0.001)
+                await sidecar.link.receive(encode_stream(request["id"], piece))
+                sent_bytes += len(piece)
+            await sidecar.link.receive(encode_json({"t": "result", "id": request["id"], "files": 3}))
+
+        sending = asyncio.create_task(send_the_archive())
+        async with other.hub.watching("cs_a"):
+            link = await other.hub.link_within("cs_a", 1, nobody_minds)
+            result = {}
+            got = [piece async for piece in link.stream("archive", result)]
+        await sending
+        assert b"".join(got) == b"".join(pieces)
+        assert result["files"] == 3
+
+
+async def test_a_reader_elsewhere_that_gives_up_stops_the_sidecar_too(redis):
+    async with replicas(redis, "a", "b") as (holder, other):
+        sidecar = await holder.link_sidecar("cs_a")
+        sidecar.silent = True
+        async with other.hub.watching("cs_a"):
+            link = await other.hub.link_within("cs_a", 1, nobody_minds)
+            stream = link.stream("archive", {})
+            reading = asyncio.create_task(anext(stream))
+            await until(lambda: any(message["t"] == "request" for message in sidecar.sent))
+            request = next(message for message in sidecar.sent if message["t"] == "request")
+            await sidecar.link.receive(encode_stream(request["id"], b"first"))
+            assert await reading == b"first"
+            await stream.aclose()
+        await until(lambda: {"t": "cancel", "id": request["id"]} in sidecar.sent)

@@ -121,6 +121,15 @@ async def test_an_answer_reaches_who_asked_and_a_refusal_too(wired):
         await starting
 
 
+async def test_an_answer_that_is_none_is_a_refusal_and_not_a_failure_of_ours(wired):
+    link, wire, _ = wired
+    writing = asyncio.create_task(link.write_input("key", b"x"))
+    sent = decode_input(await wire.next())
+    await link.receive(encode_json({"t": "result", "id": sent.request_id, "bytes": "many"}))
+    with pytest.raises(RequestRefused, match="invalid-answer"):
+        await writing
+
+
 async def test_whoever_waits_when_the_link_is_lost_is_told(wired):
     link, wire, _ = wired
     writing = asyncio.create_task(link.write_input("", b"x"))

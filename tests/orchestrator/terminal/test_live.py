@@ -28,7 +28,21 @@ def test_a_reader_who_keeps_up_is_served_from_memory():
     page = live.page(2, limit=10, max_bytes=1000)
     assert (seqs(page), page.first_seq, page.last_seq) == ([3, 4, 5], 1, 5)
     assert seqs(live.page(5, limit=10, max_bytes=1000)) == []
-    assert seqs(live.page(99, limit=10, max_bytes=1000)) == []
+
+
+def test_a_reader_who_has_more_than_the_memory_is_left_to_the_store():
+    live = read_log()
+    live.add(records(1, 5), 1)
+    assert live.page(6, limit=10, max_bytes=1000) is None
+
+
+def test_a_reader_who_has_what_the_store_lost_is_not_sent_back():
+    live = LiveLog(1, 90, LiveBudget(), numbered_seq=100)
+    page = live.page(97, limit=10, max_bytes=1000)
+    assert (page.records, page.last_seq) == ([], 97)
+    assert live.page(101, limit=10, max_bytes=1000) is None
+    live.add(records(91, 20), 1)
+    assert seqs(live.page(97, limit=2, max_bytes=1000)) == [98, 99]
 
 
 def test_a_page_is_bounded_in_number_and_bytes_and_has_one_at_least():
@@ -100,3 +114,34 @@ def test_a_batch_that_holds_records_twice_is_served_as_it_is_stored():
     live.add(records(3, 2) + records(3, 4), 1)  # two resumes crossed: the store passed over the second copy
     assert seqs(live.page(0, limit=10, max_bytes=1000)) == [1, 2, 3, 4, 5, 6]
     assert seqs(live.page(4, limit=10, max_bytes=1000)) == [5, 6]
+
+
+def test_what_is_not_durable_is_given_only_to_who_asks_for_it_early():
+    live = read_log()
+    live.add(records(1, 2), 1)
+    live.receive(records(3, 2))
+    assert seqs(live.page(2, limit=10, max_bytes=1000)) == []
+    early = live.page(2, limit=10, max_bytes=1000, early=True)
+    assert (seqs(early), early.last_seq) == ([3, 4], 2)
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1, 2], "first what is durable"
+    live.add(records(3, 1), 1)
+    assert seqs(live.page(2, limit=10, max_bytes=1000)) == [3]
+    assert seqs(live.page(3, limit=10, max_bytes=1000, early=True)) == [4]
+
+
+def test_how_the_terminal_ended_is_never_told_early():
+    live = read_log()
+    live.receive([*records(1, 1), Record(2, 1, 1000, RecordKind.EXIT, b"{}"), *records(3, 1)])
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1]
+    assert seqs(live.page(1, limit=10, max_bytes=1000, early=True)) == []
+
+
+def test_what_the_sidecar_is_to_send_again_is_not_given_twice():
+    live = read_log()
+    live.receive(records(1, 3))
+    live.forget_ahead()
+    live.receive(records(1, 3))
+    live.receive(records(2, 3))  # crossed on the way
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1, 2, 3, 4]
+    live.receive(records(9, 1))  # not the next one
+    assert seqs(live.page(0, limit=10, max_bytes=1000, early=True)) == [1, 2, 3, 4]

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.models import TerminalState
 from orchestrator.sessions.terminals import Output
 from orchestrator.terminal.output_store import LogClosed, OutputStore, events_channel, record_facts
-from sidecar.protocol import Record, RecordKind
+from sidecar.protocol import MAX_SEQ, Record, RecordKind
 
 RETENTION = 64 * 1024
 
@@ -125,6 +125,30 @@ async def test_after_a_loss_that_nothing_can_heal_the_log_goes_on_and_says_what_
     assert (before.truncated, before.has_more) == (False, True)
     behind = Output(await store.read("cs_a", after=5, limit=10), 5)
     assert (behind.truncated, behind.last_seq) == (True, 11)
+
+
+async def test_a_loss_that_is_found_a_second_time_does_not_turn_the_log_back(store):
+    await store.skip_to("cs_a", 49)
+    await store.append("cs_a", outputs(50, 30))
+    await store.skip_to("cs_a", 49)  # a replica that hung, or redis-py repeating a command
+    assert (await store.append("cs_a", outputs(75, 10))).complete
+    assert await store.bounds("cs_a") == (50, 84)
+
+
+@pytest.mark.parametrize("seq", [10**14, MAX_SEQ])
+async def test_numbers_that_a_workspace_made_up_can_be_appended_and_closed(store, seq):
+    await store.skip_to("cs_a", seq - 1)
+    assert (await store.append("cs_a", [event(seq, RecordKind.START, b"{}")])).last_seq == seq
+    await store.close("cs_a", lost_reason="gone", at_ms=1)
+    page = await store.read("cs_a", after=0, limit=10)
+    assert [record.seq for record in page.records] == [seq, seq + 1]
+
+
+@pytest.mark.parametrize("after", [2, 2**53, 2**64, 10**30])
+async def test_after_the_newest_there_is_nothing_however_far(store, after):
+    await store.append("cs_a", outputs(1, 1))
+    page = await store.read("cs_a", after=after, limit=10)
+    assert (page.records, page.last_seq) == ([], 1)
 
 
 async def test_a_closed_log_takes_nothing_more_and_says_that_the_terminal_was_lost(store):

@@ -1,19 +1,21 @@
 """Server-Sent Events (WHATWG HTML, section 9.2): one writer for whatever is followed live."""
 
-from collections.abc import Mapping
-from typing import Final
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final
 
 from aiohttp import hdrs, web
 from pydantic_core import to_json
 
-from orchestrator.api.live import Pace
+from orchestrator.api.live import LIVE, ClientStalled, Pace
+from orchestrator.tasks import end_tasks
 
 KEEP_ALIVE_S: Final = 15.0
 _RETRY_MS: Final = 1000
 
 
 class EventStream:
-    """An answer made of events. Make it, `begin`, `send`, and return its `response` from the handler."""
+    """An answer made of events. Make it, and return what `run` returns from the handler."""
 
     def __init__(self, request: web.Request, headers: Mapping[str, str] | None = None) -> None:
         self._request = request
@@ -45,8 +47,26 @@ class EventStream:
         """A comment: proxies see that the connection is in use, and we whether the client is there."""
         await self.send(b":\n\n")
 
-    def abort(self) -> None:
-        self._pace.abort()
+    async def run(self, pump: Coroutine[Any, Any, None]) -> web.StreamResponse:
+        """Begin, and let `pump` send until it returns, the client is gone or takes nothing, or the process stops."""
+        live = self._request.app[LIVE]
+        task: asyncio.Task[None] | None = None
+        try:
+            await self.begin()
+            task = asyncio.create_task(pump)
+            with live.kept(task.cancel):
+                await task
+        except ClientStalled:
+            self._pace.abort()
+        except asyncio.CancelledError:
+            if not live.closing or task is None or not task.cancelled():
+                raise
+        finally:
+            if task is None:
+                pump.close()
+            else:
+                await end_tasks(task)
+        return self.response
 
 
 def event(data: Mapping[str, object], *, name: str, event_id: str = "") -> bytes:

@@ -1,6 +1,5 @@
 """`/api/v1/deployments/{id}/logs` and `/api/v1/apps/{id}/logs`: read or followed like terminal output."""
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final
@@ -13,10 +12,8 @@ from orchestrator.api.auth import require_scope
 from orchestrator.api.body import QueryModel, json_response, query, timestamp
 from orchestrator.api.event_stream import KEEP_ALIVE_S, EventStream, event
 from orchestrator.api.keys import LOGS
-from orchestrator.api.live import LIVE, ClientStalled
 from orchestrator.deployments.logs import LogPage
 from orchestrator.errors import InvalidRequest
-from orchestrator.tasks import end_tasks
 
 _LAST_EVENT_ID: Final = re.compile(r"[0-9]{1,18}(-end)?")
 _STREAM_PAGE: Final = 1000
@@ -88,20 +85,7 @@ async def _stream(request: web.Request, read: Reader, *, with_source: bool) -> w
     if first.ended and given.endswith("-end"):
         return web.Response(status=204)  # the one answer after which an EventSource does not connect again
     stream = EventStream(request)
-    await stream.begin()
-    pump = asyncio.create_task(_pump(stream, read, first, with_source=with_source))
-    live = request.app[LIVE]
-    try:
-        with live.kept(pump.cancel):
-            await pump
-    except ClientStalled:
-        stream.abort()
-    except asyncio.CancelledError:
-        if not live.closing or not pump.cancelled():
-            raise
-    finally:
-        await end_tasks(pump)
-    return stream.response
+    return await stream.run(_pump(stream, read, first, with_source=with_source))
 
 
 async def _pump(stream: EventStream, read: Reader, found: LogPage, *, with_source: bool) -> None:

@@ -1,6 +1,5 @@
 """`GET /api/v1/code-sessions/{id}/output/stream`: output as Server-Sent Events."""
 
-import asyncio
 import re
 from typing import Annotated, Any, Final, Literal
 
@@ -12,14 +11,12 @@ from orchestrator.api.auth import public, require_scope
 from orchestrator.api.body import QueryModel, query
 from orchestrator.api.event_stream import KEEP_ALIVE_S, EventStream, event
 from orchestrator.api.keys import REGISTRY, SETTINGS, TERMINALS
-from orchestrator.api.live import LIVE, ClientStalled
 from orchestrator.api.terminal import chunk_object
 from orchestrator.api.tickets import authenticate_or_redeem
 from orchestrator.errors import InvalidRequest
 from orchestrator.models import Session
 from orchestrator.sessions.following import Follower
 from orchestrator.sessions.terminals import Output
-from orchestrator.tasks import end_tasks
 
 _LAST_EVENT_ID: Final = re.compile(r"([0-9]{1,18})(-end)?")
 
@@ -41,20 +38,7 @@ async def stream_output(request: web.Request) -> web.StreamResponse:
         return web.Response(status=204)  # the one answer after which an EventSource does not connect again
     follower = Follower(request.app[TERMINALS], request.app[REGISTRY], session, after=after)
     stream = EventStream(request, _cors_headers(request))
-    await stream.begin()
-    pump = asyncio.create_task(_pump(stream, follower, base64_data=asked.encoding == "base64"))
-    live = request.app[LIVE]
-    try:
-        with live.kept(pump.cancel):
-            await pump
-    except ClientStalled:
-        stream.abort()
-    except asyncio.CancelledError:
-        if not live.closing or not pump.cancelled():
-            raise
-    finally:
-        await end_tasks(pump)
-    return stream.response
+    return await stream.run(_pump(stream, follower, base64_data=asked.encoding == "base64"))
 
 
 def _resume_after(request: web.Request, after_seq: int) -> tuple[int, bool]:
